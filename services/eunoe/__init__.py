@@ -1,0 +1,1 @@
+"""Eunoe: language models over streams that never end, with a memory that is bounded, durable, portable, forkable."""

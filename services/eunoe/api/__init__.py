@@ -1,0 +1,1 @@
+"""The public protos, compiled from protos/eunoe/api at install."""

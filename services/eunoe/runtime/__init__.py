@@ -1,0 +1,1 @@
+"""What every process needs: errors, configuration, the gRPC server and channels, logging, telemetry."""
