@@ -25,7 +25,7 @@ On the wire an error is a google.rpc.Status with exactly one ErrorInfo: `domain`
 
 import re
 from dataclasses import dataclass, field, fields
-from typing import ClassVar, get_type_hints
+from typing import Any, ClassVar, get_type_hints
 
 import grpc
 from google.protobuf import any_pb2, duration_pb2
@@ -293,7 +293,9 @@ def from_status(status: status_pb2.Status) -> EunoeError:
 
 def from_rpc_error(error: grpc.RpcError) -> EunoeError:
     """The error that a server raised, out of what its client caught."""
-    for key, value in error.trailing_metadata() or ():
+    # Any: grpc and grpc.aio type it differently, and the stubs say that neither can be iterated.
+    metadata: Any = error.trailing_metadata() or ()
+    for key, value in metadata:
         if key == "grpc-status-details-bin":
             return from_status(status_pb2.Status.FromString(value))
     code: grpc.StatusCode = error.code()

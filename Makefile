@@ -1,0 +1,90 @@
+# Everything a developer does, from a fresh clone on: each target sets up .venv first if it is missing or out of date.
+# Wants only make and Python >= 3.11 with venv and pip. `make PYTHON=/path/to/python` chooses another one.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+PYTHON ?= $(shell for python in python3 python3.11 python3.12 python3.13 python3.14; do \
+	$$python -c 'import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
+PIP := .venv/bin/pip --disable-pip-version-check
+BIN := .venv/bin
+# The environment is ready when the packages are there and the generated code is as new as the protos.
+READY := .venv/.protos
+# With EUNOE_REQUIRE_MODEL a test that finds no weights fails instead of being skipped.
+MODEL_CHECKS = model=$$($(BIN)/python -m eunoe.embedded.models | tail -n 1); \
+	EUNOE_REQUIRE_MODEL=1 EUNOE_TEST_MODEL="$$model" $(BIN)/pytest
+
+.PHONY: help
+help: ## Show this list
+	@sed -nE 's/^([a-z-]+):.*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | awk -F'\t' '{printf "  make %-18s %s\n", $$1, $$2}'
+
+.PHONY: install
+install: $(READY) ## Make .venv with everything in it (the first time: some minutes)
+
+.PHONY: demo
+demo: $(READY) ## Stream the end of a book into a bounded memory and ask about it; stops all it started
+	$(BIN)/eunoe demo
+
+.PHONY: demo-book
+demo-book: $(READY) ## The same with the whole book: 1.2 million tokens
+	$(BIN)/eunoe demo --book
+
+.PHONY: test
+test: $(READY) ## All tests that need no model weights and no network
+	$(BIN)/pytest
+
+.PHONY: check-model
+check-model: $(READY) ## Tests on SmolLM2-135M (fetched once, 98 MB)
+	$(MODEL_CHECKS) -m "model and not full"
+
+.PHONY: check-model-full
+check-model-full: $(READY) ## The same in their long form: every passkey case, the whole book
+	$(MODEL_CHECKS) -m "model"
+
+.PHONY: lint
+lint: $(READY) ## ruff, mypy, who may import whom, buf, codespell
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy services kernels
+	$(BIN)/lint-imports
+	$(BIN)/python protos/build_hook.py --image out/protos.binpb
+	$(BIN)/buf lint out/protos.binpb --config protos/buf.yaml
+	$(BIN)/codespell
+
+.PHONY: protos
+protos: .venv/.installed ## Compile protos/ into services/eunoe/{api,internal}/v1
+	$(BIN)/python protos/build_hook.py
+	@touch $(READY)
+
+.PHONY: bench
+bench: $(READY) ## All benchmarks; the last line of each is one JSON object
+	$(BIN)/python benchmarks/ingest.py --json
+	$(BIN)/python benchmarks/decode.py --json
+	$(BIN)/python benchmarks/gateway.py --json
+	$(BIN)/python benchmarks/segment_attention.py --json
+
+.PHONY: bench-gpu
+bench-gpu: $(READY) ## Check and time the CUDA kernels; says so where there is no device
+	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
+		TRITON_INTERPRET=0 $(BIN)/pytest -m gpu && $(BIN)/python benchmarks/segment_attention.py --json; \
+	else \
+		echo "no CUDA device on this machine: nothing to measure"; \
+	fi
+
+.venv/bin/pip:
+	@test -n "$(PYTHON)" || { echo "no Python >= 3.11 with venv and pip (on Debian: apt install python3-venv)" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+
+# torch alone and first: pip then takes a CPU build of this very version where the machine has one at hand, instead of
+# resolving the CUDA build with gigabytes of libraries.
+.venv/.installed: pyproject.toml constraints.txt | .venv/bin/pip
+	@echo "installing into .venv: some minutes the first time"
+	$(PIP) install --quiet "$$(grep '^torch==' constraints.txt)"
+	$(PIP) install --quiet --constraint constraints.txt --editable ".[dev]"
+	@touch $@
+
+.venv/.protos: .venv/.installed protos/build_hook.py $(shell find protos -name '*.proto')
+	$(BIN)/python protos/build_hook.py
+	@touch $@
