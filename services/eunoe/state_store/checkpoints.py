@@ -1,0 +1,107 @@
+"""Checkpoints: staging chunks, committing a manifest that names them, reading them back."""
+
+import asyncio
+from collections.abc import AsyncIterable, AsyncIterator, Sequence
+
+import xxhash
+
+from eunoe.runtime.errors import CorruptState, InvalidRequest, MissingChunk, QuotaExceeded
+from eunoe.state_store import checkpoint_rules, keys
+from eunoe.state_store.checkpoint_rules import MAX_CHUNK_BYTES
+from eunoe.state_store.effects import Total
+from eunoe.state_store.metadata import ChunkRef, Manifest, StreamMetadata
+from eunoe.state_store.transactions import Environment, Transaction, transact
+
+# Chunks written at once: other clients of Redis wait at most for one of them, and the disk is kept busy.
+_CHUNKS_IN_FLIGHT = 4
+_CHUNKS_PER_READ = 2
+
+
+class Checkpoints:
+    """The checkpoints of all streams."""
+
+    def __init__(self, environment: Environment) -> None:
+        self._environment = environment
+
+    async def stage(self, name: str, chunks: AsyncIterable[tuple[str, bytes]]) -> int:
+        """Stage (chunk id, bytes) pairs until a commit or the end of their time, and return how many bytes they have.
+
+        The stream need not exist yet: an import stages first.
+
+        Raises:
+            InvalidRequest, QuotaExceeded.
+        """
+        tenant, _ = keys.parse_name(name)
+        totals = await self._environment.storage.totals(keys.totals(tenant))
+        room_bytes = self._environment.quota(Total.CHECKPOINT_BYTES) - totals.get(Total.CHECKPOINT_BYTES, 0)
+        ttl_ms = int(self._environment.config.staging_seconds * 1000)
+        staged_bytes = 0
+        slots = asyncio.Semaphore(_CHUNKS_IN_FLIGHT)
+
+        async def write(chunk_id: str, data: bytes) -> None:
+            try:
+                await self._environment.storage.stage([(keys.chunk(tenant, chunk_id), data)], ttl_ms)
+            finally:
+                slots.release()
+
+        tasks: list[asyncio.Task[None]] = []
+        try:
+            async for chunk_id, data in chunks:
+                if not chunk_id or not 1 <= len(data) <= MAX_CHUNK_BYTES:
+                    raise InvalidRequest(f"chunk {chunk_id!r} needs an id and 1 to {MAX_CHUNK_BYTES} bytes")
+                staged_bytes += len(data)
+                if staged_bytes > room_bytes:
+                    raise QuotaExceeded(
+                        f"the tenant's quota {Total.CHECKPOINT_BYTES} is used up",
+                        quota=Total.CHECKPOINT_BYTES,
+                        retry_after_seconds=60.0,
+                    )
+                await slots.acquire()
+                tasks.append(asyncio.create_task(write(chunk_id, data)))
+            await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+        return staged_bytes
+
+    async def commit(self, name: str, manifest: Manifest, fence: tuple[str, int]) -> StreamMetadata:
+        """Make a manifest the stream's newest checkpoint; repeating it is harmless.
+
+        Raises:
+            StreamNotFound, MissingChunk, QuotaExceeded; as `checkpoint_rules.commit`.
+        """
+
+        async def decide(transaction: Transaction) -> StreamMetadata:
+            metadata = await transaction.stream(name)
+            change = checkpoint_rules.commit(metadata, manifest, fence)
+            await transaction.commit(change)
+            return (change.records or (metadata,))[0]
+
+        return await transact(self._environment, keys.parse_name(name)[0], decide)
+
+    async def read(self, name: str, chunks: Sequence[ChunkRef]) -> AsyncIterator[tuple[str, bytes]]:
+        """Chunks of a checkpoint that the stream has, with their bytes, in order.
+
+        Raises:
+            StreamNotFound; MissingChunk if the stream has no such chunk (any more); CorruptState if its bytes are not
+            those that were committed.
+        """
+        tenant, _ = keys.parse_name(name)
+        present = await self._chunks_of(tenant, name)
+        for start in range(0, len(chunks), _CHUNKS_PER_READ):
+            batch = chunks[start : start + _CHUNKS_PER_READ]
+            values = await self._environment.storage.get([keys.chunk(tenant, chunk.chunk_id) for chunk in batch])
+            if None in values:
+                # A checkpoint that went while it was read is gone, not corrupt.
+                present = await self._chunks_of(tenant, name)
+            for chunk, data in zip(batch, values, strict=True):
+                if chunk not in present:
+                    raise MissingChunk(f"the stream has no chunk {chunk.chunk_id}")
+                if data is None or len(data) != chunk.length or xxhash.xxh3_128_hexdigest(data) != chunk.digest:
+                    raise CorruptState(f"chunk {chunk.chunk_id} does not have its digest")
+                yield chunk.chunk_id, data
+
+    async def _chunks_of(self, tenant: str, name: str) -> frozenset[ChunkRef]:
+        metadata = await Transaction(self._environment, tenant).stream(name)
+        return frozenset(chunk for manifest in metadata.checkpoints for chunk in manifest.chunks)

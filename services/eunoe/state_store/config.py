@@ -1,0 +1,48 @@
+"""What a state store is told at start."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StateStoreConfig:
+    """Environment: EUNOE_STATE_STORE_<FIELD>."""
+
+    listen_address: str = "127.0.0.1:7410"
+    redis_url: str = "redis://127.0.0.1:6379/0"
+    """redis://[[user]:password@]host:port/db, rediss:// for TLS, unix://path for a socket."""
+    ready_file: Path | None = None
+    """Gets {"address", "pid"} as JSON once the process serves."""
+    metrics_port: int | None = None
+    tls_certificate_file: Path | None = None
+    tls_key_file: Path | None = None
+    tls_ca_file: Path | None = None
+    """With it, only callers with a certificate of this authority are served."""
+    api_key_pepper_file: Path | None = None
+    """Secret that API key hashes are keyed with; without it they are plain SHA-256 of 256 random bits."""
+    allow_unsafe_redis: bool = False
+    """Serve although Redis may lose what was acknowledged."""
+    max_streams: int = 1_000
+    """Streams of a tenant."""
+    max_log_bytes: int = 4 << 30
+    """Bytes of a tenant's logs."""
+    max_checkpoint_bytes: int = 16 << 30
+    """Bytes of a tenant's retained checkpoints."""
+    max_backlog_bytes: int = 8 << 20
+    """Most bytes of a stream that wait for its memory: twice the window at which gateways stop reading."""
+    staging_seconds: float = 600.0
+    """A staged chunk vanishes after this if no commit names it."""
+    outcome_seconds: float = 600.0
+    """How long a remembering call's outcome is kept."""
+    worker_seconds: float = 10.0
+    """A worker that does not renew for this long counts as dead."""
+    sweep_seconds: float = 15.0
+    """Pause between sweeps, which delete what expired and repair hints."""
+
+    def __post_init__(self) -> None:
+        for name in ("staging_seconds", "outcome_seconds", "worker_seconds", "sweep_seconds"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name}={getattr(self, name)} is not above 0")
+        for name in ("max_streams", "max_log_bytes", "max_checkpoint_bytes", "max_backlog_bytes"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} is negative")

@@ -1,0 +1,229 @@
+"""How streams come to be and go. Pure: (records, event, uid, clock) -> decision."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from eunoe.runtime.errors import AlreadyExists, InvalidRequest, OffsetUnavailable
+from eunoe.state_store.checkpoint_rules import (
+    MAX_READ_AHEAD_BYTES,
+    check_manifest,
+    kept,
+    owned,
+    without_unneeded_checkpoints,
+)
+from eunoe.state_store.effects import AddToTotal, Change, Effect, ListName, RecordEntry, Total, UnlistName
+from eunoe.state_store.metadata import Hold, Manifest, Reference, Settings, StreamMetadata
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Create:
+    """A stream to make, empty or (an import) from a manifest whose chunks are staged."""
+
+    name: str
+    model: str
+    settings: Settings
+    expire_time_ns: int | None = None
+    request_id: str = ""
+    manifest: Manifest | None = None
+    log_start_offset: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fork:
+    """A stream to make that shares the past of another; `at_offset` None means the accepted offset."""
+
+    name: str
+    at_offset: int | None = None
+    expire_time_ns: int | None = None
+    request_id: str = ""
+
+
+def same_request(existing: StreamMetadata, request_id: str) -> StreamMetadata:
+    """The stream that a repeated request made before.
+
+    Raises:
+        AlreadyExists: If another request made it.
+    """
+    if request_id and existing.create_request_id == request_id:
+        return existing
+    raise AlreadyExists(f"{existing.name} exists already")
+
+
+def create(event: Create, *, uid: str, now_ns: int) -> Change:
+    """Make a stream where there is none of that name.
+
+    Raises:
+        InvalidRequest: If model, settings or manifest cannot work.
+    """
+    settings, manifest = event.settings, event.manifest
+    if not event.model:
+        raise InvalidRequest("a stream needs a model")
+    if settings.kv_budget_tokens < 1 or settings.segment_length < 1:
+        raise InvalidRequest("a stream's KV budget and segment length are at least 1 token")
+    _check_expiry(event.expire_time_ns, now_ns)
+    metadata = StreamMetadata(
+        name=event.name,
+        uid=uid,
+        model=event.model,
+        settings=settings,
+        create_time_ns=now_ns,
+        expire_time_ns=event.expire_time_ns,
+        create_request_id=event.request_id,
+    )
+    effects: tuple[Effect, ...] = (AddToTotal(Total.STREAMS, 1), ListName(event.name))
+    if manifest is not None:
+        check_manifest(manifest)
+        if manifest.version < 1 or manifest.applied_offset != event.log_start_offset:
+            raise InvalidRequest("an import's log starts at its checkpoint's applied offset")
+        metadata = replace(
+            metadata,
+            own_start_offset=event.log_start_offset,
+            accepted_offset=event.log_start_offset,
+            start_version=manifest.version,
+            checkpoints=(owned(manifest, uid, read_to=manifest.applied_offset + MAX_READ_AHEAD_BYTES),),
+        )
+        effects += kept(manifest)
+    elif event.log_start_offset:
+        raise InvalidRequest("without a checkpoint a log starts at 0")
+    return Change((metadata,), effects=effects)
+
+
+def fork(
+    parent: StreamMetadata,
+    owners: Mapping[str, StreamMetadata],
+    event: Fork,
+    *,
+    at_entry: RecordEntry | None,
+    uid: str,
+    now_ns: int,
+) -> Change:
+    """Make a child that starts from the parent's newest usable checkpoint and shares the log from there on.
+
+    A checkpoint is usable if no byte at or above the fork's offset had a part in it: at the accepted offset all are,
+    before it those that had not read on.
+
+    Args:
+        parent: The stream to fork.
+        owners: The streams, by uid, that the parent's references name.
+        event: The child.
+        at_entry: The log's record that ends at the fork's offset, if there is one.
+        uid: Of the child.
+        now_ns: Clock.
+
+    Raises:
+        OffsetUnavailable.
+    """
+    _check_expiry(event.expire_time_ns, now_ns)
+    at = parent.accepted_offset if event.at_offset is None else event.at_offset
+    base = _base_of_fork(parent, at, at_entry)
+    start = 0 if base is None else base.applied_offset
+    references = _parts_of(parent, base, start, at)
+    child = StreamMetadata(
+        name=event.name,
+        uid=uid,
+        model=parent.model,
+        settings=parent.settings,
+        create_time_ns=now_ns,
+        expire_time_ns=event.expire_time_ns,
+        create_request_id=event.request_id,
+        own_start_offset=at,
+        accepted_offset=at,
+        start_version=0 if base is None else base.version,
+        sources=parent.sources if at == parent.accepted_offset else (),
+        checkpoints=() if base is None else (base,),
+        references=references,
+    )
+    changed = {parent.uid: parent}
+    for reference in references:
+        owner = parent if reference.owner_uid == parent.uid else owners[reference.owner_uid]
+        changed[owner.uid] = _with_holders(owner, reference, 1)
+    return Change((child, *changed.values()), effects=(AddToTotal(Total.STREAMS, 1), ListName(event.name)))
+
+
+def delete(metadata: StreamMetadata) -> Change:
+    """Free the name at once; what is left of the stream lives on under its uid until no fork needs it."""
+    rest = replace(metadata, is_deleted=True, lease=None, carry=b"", sources=())
+    rest, freed = without_unneeded_checkpoints(rest)
+    return Change((rest,), effects=(AddToTotal(Total.STREAMS, -1), UnlistName(metadata.name), *freed))
+
+
+def unneeded_references(metadata: StreamMetadata) -> tuple[Reference, ...]:
+    """References to other streams that this one can do without."""
+    if metadata.is_deleted:
+        return metadata.references
+    used = {(c.owner_uid, c.version) for c in metadata.retained}
+    return tuple(
+        r
+        for r in metadata.references
+        if (r.owner_uid, r.version) not in used and (r.log_from == r.log_to or r.log_to <= metadata.log_start_offset)
+    )
+
+
+def release(holder: StreamMetadata, owner: StreamMetadata, reference: Reference) -> Change:
+    """Give a reference back and free the owner's checkpoint if it was the last to need it."""
+    rest = replace(holder, references=tuple(r for r in holder.references if r != reference))
+    owner, freed = without_unneeded_checkpoints(_with_holders(owner, reference, -1))
+    return Change((rest, owner), effects=freed)
+
+
+def garbage_ranges(metadata: StreamMetadata) -> tuple[tuple[int, int], ...]:
+    """Ranges (above, up_to): a record of the stream's own storage whose end lies in one is needed by nobody."""
+    needed = [(h.log_from, h.log_to) for h in metadata.holds if h.log_from < h.log_to]
+    end = metadata.accepted_offset
+    needed.append((end, end) if metadata.is_deleted else (metadata.log_start_offset, end))
+    ranges = []
+    above = metadata.own_start_offset
+    for start, stop in sorted(needed):
+        if start > above:
+            ranges.append((above, start))
+        above = max(above, stop)
+    return tuple(ranges)
+
+
+def _base_of_fork(parent: StreamMetadata, at: int, at_entry: RecordEntry | None) -> Manifest | None:
+    """The checkpoint that a child starts from; None is the empty memory at offset 0."""
+    offsets = parent.checkpoint_offsets
+    available = f"ends of records from {offsets[0]} to {parent.accepted_offset}; checkpoints at {list(offsets)}"
+    if not offsets[0] <= at <= parent.accepted_offset:
+        raise OffsetUnavailable(f"the stream cannot be forked at {at}", available=available)
+    is_end = at == parent.accepted_offset
+    if is_end or at == parent.own_start_offset:
+        carry_bytes = len(parent.carry) if is_end else 0
+    elif at_entry is None:
+        raise OffsetUnavailable(f"no record ends at {at}", available=available)
+    else:
+        carry_bytes = at_entry.carry_bytes
+    if carry_bytes:
+        raise OffsetUnavailable(f"offset {at} is inside a character", available=available)
+    usable = [c for c in parent.retained if is_end or c.read_to <= at]
+    if not usable and not parent.retains_beginning:
+        raise OffsetUnavailable(f"every retained checkpoint has read beyond {at}", available=available)
+    return usable[-1] if usable else None
+
+
+def _parts_of(parent: StreamMetadata, base: Manifest | None, start: int, at: int) -> tuple[Reference, ...]:
+    """What a child needs of the parent and of those that the parent itself shares with, in the log's order."""
+    owners = [(r.owner_name, r.owner_uid, r.log_from, r.log_to) for r in parent.references]
+    owners.append((parent.name, parent.uid, parent.own_start_offset, parent.accepted_offset))
+    references = []
+    for name, uid, log_from, log_to in owners:
+        version = base.version if base is not None and base.owner_uid == uid else 0
+        first, last = max(log_from, start), min(log_to, at)
+        if first >= last:
+            first = last = 0
+        if version or first < last:
+            references.append(Reference(name, uid, version, first, last))
+    return tuple(references)
+
+
+def _with_holders(owner: StreamMetadata, reference: Reference, delta: int) -> StreamMetadata:
+    num_holders = {hold.part: hold.num_holders for hold in owner.holds}
+    num_holders[reference.part] = num_holders.get(reference.part, 0) + delta
+    assert num_holders[reference.part] >= 0, "a reference was given back twice"
+    holds = tuple(Hold(*part, count) for part, count in sorted(num_holders.items()) if count)
+    return replace(owner, holds=holds)
+
+
+def _check_expiry(expire_time_ns: int | None, now_ns: int) -> None:
+    if expire_time_ns is not None and expire_time_ns <= now_ns:
+        raise InvalidRequest("the expire time has passed")

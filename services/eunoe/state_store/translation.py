@@ -1,0 +1,116 @@
+"""Between the internal protos and the store's own values."""
+
+from google.protobuf import timestamp_pb2
+
+from eunoe.api.v1 import long_context_pb2 as api
+from eunoe.internal.v1 import state_store_pb2 as pb
+from eunoe.runtime.errors import InvalidRequest
+from eunoe.state_store.metadata import ChunkRef, DecisionRun, Lease, Manifest, Settings, StreamMetadata
+
+
+def stream_to_proto(metadata: StreamMetadata) -> api.Stream:
+    """What users see of a stream."""
+    settings, newest = metadata.settings, metadata.newest
+    stream = api.Stream(
+        name=metadata.name,
+        model=metadata.model,
+        settings=api.StreamSettings(
+            kv_budget_tokens=settings.kv_budget_tokens,
+            segment_length=settings.segment_length,
+            num_sink_tokens=settings.num_sink_tokens,
+            positions=api.PositionMode.Name(settings.positions),
+            retain_log=settings.retain_log,
+        ),
+        create_time=time_to_proto(metadata.create_time_ns),
+        accepted_offset=metadata.accepted_offset,
+        applied_offset=metadata.applied_offset,
+        carry_bytes=len(metadata.carry),
+        log_start_offset=metadata.log_start_offset,
+        checkpoint_version=metadata.version,
+    )
+    if metadata.expire_time_ns is not None:
+        stream.expire_time.CopyFrom(time_to_proto(metadata.expire_time_ns))
+    if newest is not None:
+        stream.tokens = newest.tokens
+        stream.state_bytes = newest.state_bytes
+        stream.state_digest = newest.state_digest
+        stream.policy = newest.decisions[-1].policy if newest.decisions else ""
+    return stream
+
+
+def record_to_proto(metadata: StreamMetadata) -> pb.StreamRecord:
+    """What processes see of a stream."""
+    record = pb.StreamRecord(stream=stream_to_proto(metadata), checkpoint_offsets=metadata.checkpoint_offsets)
+    if metadata.newest is not None:
+        record.manifest.CopyFrom(manifest_to_proto(metadata.newest))
+    if metadata.lease is not None:
+        record.lease.CopyFrom(lease_to_proto(metadata.lease))
+    return record
+
+
+def manifest_to_proto(manifest: Manifest) -> pb.Manifest:
+    return pb.Manifest(
+        encoding_version=manifest.encoding_version,
+        version=manifest.version,
+        applied_offset=manifest.applied_offset,
+        applied_pretoken_tokens=manifest.applied_pretoken_tokens,
+        tokens=manifest.tokens,
+        state_bytes=manifest.state_bytes,
+        state_digest=manifest.state_digest,
+        model_digest=manifest.model_digest,
+        decisions=[pb.DecisionRun(**run._asdict()) for run in manifest.decisions],
+        chunks=[
+            pb.ChunkRef(chunk_id=chunk.chunk_id, length=chunk.length, digest=bytes.fromhex(chunk.digest))
+            for chunk in manifest.chunks
+        ],
+    )
+
+
+def manifest_from_proto(manifest: pb.Manifest) -> Manifest:
+    return Manifest(
+        encoding_version=manifest.encoding_version,
+        version=manifest.version,
+        applied_offset=manifest.applied_offset,
+        applied_pretoken_tokens=manifest.applied_pretoken_tokens,
+        tokens=manifest.tokens,
+        state_bytes=manifest.state_bytes,
+        state_digest=manifest.state_digest,
+        model_digest=manifest.model_digest,
+        decisions=tuple(DecisionRun(r.first_segment, r.policy, r.numerics_id) for r in manifest.decisions),
+        chunks=tuple(chunk_from_proto(chunk) for chunk in manifest.chunks),
+    )
+
+
+def chunk_from_proto(chunk: pb.ChunkRef) -> ChunkRef:
+    return ChunkRef(chunk.chunk_id, chunk.length, chunk.digest.hex())
+
+
+def settings_from_proto(settings: api.StreamSettings) -> Settings:
+    """The settings as stored.
+
+    Raises:
+        InvalidRequest: If the position mode is none that this version knows.
+    """
+    if settings.positions not in api.PositionMode.values():
+        raise InvalidRequest(f"there is no position mode {settings.positions}")
+    return Settings(
+        settings.kv_budget_tokens,
+        settings.segment_length,
+        settings.num_sink_tokens,
+        settings.positions,
+        settings.retain_log,
+    )
+
+
+def lease_to_proto(lease: Lease) -> pb.Lease:
+    return pb.Lease(worker=lease.worker, epoch=lease.epoch, address=lease.address)
+
+
+def lease_from_proto(lease: pb.Lease) -> Lease:
+    return Lease(lease.worker, lease.epoch, lease.address)
+
+
+def time_to_proto(time_ns: int) -> timestamp_pb2.Timestamp:
+    timestamp = timestamp_pb2.Timestamp()
+    timestamp.FromNanoseconds(time_ns)
+    return timestamp

@@ -1,0 +1,143 @@
+"""Fixtures for every test: a real Redis, and a state store that serves from it."""
+
+import os
+
+# Before anything imports triton: its kernels then run on the CPU.
+os.environ.setdefault("TRITON_INTERPRET", "1")
+# The tiny model has nothing to share out: on a busy machine two threads take ten times as long as one.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import subprocess
+import tempfile
+import uuid
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+import pytest
+
+from eunoe.clients.state_store import StateStoreClient
+from eunoe.embedded.redis_server import server_binary
+from eunoe.runtime.grpc_channel import open_channel
+from eunoe.state_store.__main__ import build_server
+from eunoe.state_store.config import StateStoreConfig
+from eunoe.state_store.redis_storage import RedisStorage
+from eunoe.state_store.store import StateStore
+from eunoe.state_store.transactions import Environment
+
+SAFE_SETTINGS = ("--appendonly", "yes", "--appendfsync", "always", "--maxmemory-policy", "noeviction", "--save", "")
+
+
+class RedisServer:
+    """A redis-server on a unix socket in `directory`, where it also keeps its data.
+
+    Attributes:
+        url: Where it listens.
+    """
+
+    def __init__(self, directory: Path, *settings: str) -> None:
+        self.url = f"unix://{directory}/redis.sock"
+        self._command = [server_binary(), "--port", "0", "--unixsocket", f"{directory}/redis.sock"]
+        self._command += ["--dir", str(directory), *settings]
+        self._process = self._started()
+
+    def restart_after_kill(self) -> None:
+        """Kill it as a power cut would, and start it again."""
+        self._process.kill()
+        self._ended()
+        self._process = self._started()
+
+    def stop(self) -> None:
+        self._process.terminate()
+        self._ended()
+
+    def _started(self) -> subprocess.Popen[bytes]:
+        process = subprocess.Popen(self._command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        assert process.stdout is not None
+        for line in process.stdout:
+            if b"ready to accept connections" in line.lower():
+                # What Redis says from here on does not fill a pipe during any test run.
+                return process
+        raise RuntimeError(f"redis-server ended with status {process.wait()}")
+
+    def _ended(self) -> None:
+        self._process.wait(timeout=10)
+        assert self._process.stdout is not None
+        self._process.stdout.close()
+
+
+@pytest.fixture(scope="session")
+def start_redis() -> Iterator[Callable[..., RedisServer]]:
+    """Starts redis-servers with the settings it is called with; they are stopped at the end of the session."""
+    servers = []
+    # Not pytest's tmp_path: a socket's path ends at 107 bytes.
+    with tempfile.TemporaryDirectory(prefix="eunoe-redis-") as root:
+
+        def start(*settings: str) -> RedisServer:
+            directory = Path(root) / str(len(servers))
+            directory.mkdir()
+            servers.append(RedisServer(directory, *settings))
+            return servers[-1]
+
+        try:
+            yield start
+        finally:
+            for server in servers:
+                server.stop()
+
+
+@pytest.fixture(scope="session")
+def redis_server(start_redis: Callable[..., RedisServer]) -> RedisServer:
+    """One Redis for all tests: durable, so that it behaves as in production. Nobody flushes it: use your own tenant."""
+    return start_redis(*SAFE_SETTINGS)
+
+
+@dataclass(frozen=True)
+class RunningStateStore:
+    """A state store in this process, served on loopback.
+
+    Attributes:
+        address: host:port for `open_channel`.
+        channel: An open channel to it.
+        client: A client over that channel.
+        tenant: A tenant that no other test uses.
+        store: The store behind the RPCs.
+    """
+
+    address: str
+    channel: grpc.aio.Channel
+    client: StateStoreClient
+    tenant: str
+    store: StateStore
+
+
+@pytest.fixture
+async def state_store(redis_server: RedisServer) -> AsyncIterator[RunningStateStore]:
+    """A state store over the session's Redis, with a tenant of the test's own."""
+    storage = RedisStorage(redis_server.url)
+    await storage.load_function()
+    config = StateStoreConfig(listen_address="127.0.0.1:0")
+    store = StateStore(Environment(storage=storage, config=config))
+    server = build_server(store, config)
+    await server.start()
+    async with store.running(), open_channel(server.address) as channel:
+        yield RunningStateStore(
+            address=server.address,
+            channel=channel,
+            client=StateStoreClient(channel),
+            tenant=f"test-{uuid.uuid4().hex}",
+            store=store,
+        )
+    await server.drain(0)
+    await storage.close()
+
+
+@pytest.fixture(scope="session")
+def smollm2_directory() -> Path:
+    """SmolLM2's model directory, of the tests with the marker `model`."""
+    if directory := os.environ.get("EUNOE_TEST_MODEL"):
+        return Path(directory)
+    if os.environ.get("EUNOE_REQUIRE_MODEL"):
+        pytest.fail("EUNOE_REQUIRE_MODEL is set, EUNOE_TEST_MODEL is not")
+    pytest.skip("EUNOE_TEST_MODEL names no model directory")
