@@ -1,0 +1,180 @@
+"""The memory state of a stream: the window of cached tokens, in fixed slabs.
+
+Shape suffixes: L KV source layer, H KV head, S slot, D head dim. Slots of a head are in ascending order of position.
+Keys are kept before rotary positions: a slot's rotation depends on its place among the slots that are left, which
+changes with every eviction.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from eunoe.decoder.config import DecoderConfig
+from eunoe.decoder.rotary import Rotary, rotate
+
+Positions = Literal["original", "compact"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MemorySettings:
+    """What a stream fixes about its memory for life."""
+
+    kv_budget_tokens: int = 1024
+    """Most slots a head keeps between segments, sinks included."""
+    segment_length: int = 512
+    """Tokens per pass; segments are cut only at multiples of it from the stream's start."""
+    num_sink_tokens: int = 4
+    """First tokens of the stream, never evicted."""
+    positions: Positions = "compact"
+    """What rotary positions a slot has when it is read: its place in the stream (`original`), exact as long as the
+    stream stays in the model's trained range; or its rank among the head's slots (`compact`), for streams without an
+    end. Equal until the first eviction."""
+
+    def __post_init__(self) -> None:
+        if self.segment_length < 1:
+            raise ValueError(f"segment_length={self.segment_length} is below 1")
+        if not 0 <= self.num_sink_tokens < self.kv_budget_tokens:
+            raise ValueError(f"{self.num_sink_tokens=} must be from 0 to below {self.kv_budget_tokens=}")
+        if self.positions not in ("original", "compact"):
+            raise ValueError(f"positions={self.positions!r} is neither original nor compact")
+
+    @property
+    def capacity(self) -> int:
+        """Slots of a slab: what is kept and what one segment adds."""
+        return self.kv_budget_tokens + self.segment_length
+
+
+class MemoryState:
+    """All that a model remembers of a stream. Slabs have `settings.capacity` slots and never grow.
+
+    Attributes:
+        settings: What the stream fixed.
+        num_tokens: Tokens of the stream folded so far.
+        num_slots: Live slots, the same for every head; the rest of a slab is undefined.
+        keys: [L, H, capacity, D] in the KV dtype, before rotary positions; `values` likewise.
+        positions: [L, H, capacity] int32, each slot's place in the stream; `token_ids` likewise.
+        rotated_keys: `keys` after rotary positions, in the KV dtype. Derived from `keys`: never stored, and valid
+            only below `num_rotated`.
+        num_rotated: Slots of `rotated_keys` that are up to date.
+    """
+
+    def __init__(self, config: DecoderConfig, settings: MemorySettings, kv_dtype: torch.dtype) -> None:
+        heads = (config.num_kv_layers, config.num_kv_heads)
+        slab = (*heads, settings.capacity, config.head_dim)
+        self.settings = settings
+        self.num_tokens = 0
+        self.num_slots = 0
+        self.num_rotated = 0
+        self.keys = torch.empty(slab, dtype=kv_dtype)
+        self.values = torch.empty(slab, dtype=kv_dtype)
+        self.rotated_keys = torch.empty(slab, dtype=kv_dtype)
+        self.positions = torch.empty(*heads, settings.capacity, dtype=torch.int32)
+        self.token_ids = torch.empty(*heads, settings.capacity, dtype=torch.int32)
+
+    @property
+    def num_sink_tokens(self) -> int:
+        return self.settings.num_sink_tokens
+
+    @property
+    def positions_LHS(self) -> torch.Tensor:
+        """Live slots of `positions`."""
+        return self.positions[:, :, : self.num_slots]
+
+    @property
+    def token_ids_LHS(self) -> torch.Tensor:
+        """Live slots of `token_ids`."""
+        return self.token_ids[:, :, : self.num_slots]
+
+    @property
+    def keys_LHSD(self) -> torch.Tensor:
+        """Live slots of `keys`."""
+        return self.keys[:, :, : self.num_slots]
+
+    @property
+    def values_LHSD(self) -> torch.Tensor:
+        """Live slots of `values`."""
+        return self.values[:, :, : self.num_slots]
+
+    @property
+    def next_position(self) -> int:
+        """Rotary position of the next token."""
+        return self.num_slots if self.settings.positions == "compact" else self.num_tokens
+
+    @property
+    def num_tokens_to_boundary(self) -> int:
+        """Tokens until the next segment boundary, 1 to segment_length."""
+        return self.settings.segment_length - self.num_tokens % self.settings.segment_length
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of the canonical state once the budget is full: keys, values, positions and token ids.
+
+        2 L H D C itemsize + 8 L H C for a budget of C slots.
+        """
+        num_layers, num_heads, _, head_dim = self.keys.shape
+        slot_bytes = 2 * head_dim * self.keys.element_size() + 8
+        return num_layers * num_heads * self.settings.kv_budget_tokens * slot_bytes
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes that this state holds in memory, the derived copy included."""
+        slabs = (self.keys, self.values, self.rotated_keys, self.positions, self.token_ids)
+        return sum(slab.numel() * slab.element_size() for slab in slabs)
+
+    def write(self, layer: int, keys_HTD: torch.Tensor, values_HTD: torch.Tensor) -> None:
+        """Put the keys and values of new tokens behind the live slots of one layer; `append` makes them live."""
+        end = self.num_slots + keys_HTD.shape[1]
+        self.keys[layer, :, self.num_slots : end] = keys_HTD
+        self.values[layer, :, self.num_slots : end] = values_HTD
+
+    def append(self, token_ids: torch.Tensor) -> None:
+        """Count new tokens whose keys and values every layer has written.
+
+        Args:
+            token_ids: int32 [num_new_tokens].
+        """
+        num_new = len(token_ids)
+        end = self.num_slots + num_new
+        assert end <= self.settings.capacity, f"{end} slots in slabs of {self.settings.capacity}"
+        new_positions = torch.arange(self.num_tokens, self.num_tokens + num_new, dtype=torch.int32)
+        self.positions[:, :, self.num_slots : end] = new_positions
+        self.token_ids[:, :, self.num_slots : end] = token_ids
+        self.num_slots = end
+        self.num_tokens += num_new
+
+    def rotate_pending(self, rotary: Rotary) -> None:
+        """Bring `rotated_keys` up to the live slots: after an eviction all of them, else what came since."""
+        if self.num_rotated == self.num_slots:
+            return
+        pending = slice(self.num_rotated, self.num_slots)
+        is_compact = self.settings.positions == "compact"
+        cos, sin = rotary.rows(torch.arange(pending.start, pending.stop))
+        for layer in range(len(self.keys)):
+            if not is_compact:
+                cos, sin = rotary.rows(self.positions[layer, :, pending])
+            keys = self.keys[layer, :, pending].float()
+            self.rotated_keys[layer, :, pending] = rotate(keys, cos, sin, out=torch.empty_like(keys))
+        self.num_rotated = self.num_slots
+
+    def evict(self, kept_LHS: torch.Tensor) -> None:
+        """Leave only the slots of these indices, int64 [L, H, num_kept], ascending."""
+        num_layers, num_heads, num_kept = kept_LHS.shape
+        first_row = torch.arange(num_layers * num_heads).view(num_layers, num_heads, 1) * self.settings.capacity
+        rows = (kept_LHS + first_row).flatten()
+        for slab in (self.keys, self.values, self.positions, self.token_ids):
+            kept = slab.flatten(0, 2).index_select(0, rows)
+            slab[:, :, :num_kept] = kept.view(num_layers, num_heads, num_kept, *slab.shape[3:])
+        self.num_slots = num_kept
+        self.num_rotated = 0
+
+    def copy(self) -> "MemoryState":
+        """An independent state with the same content."""
+        other = object.__new__(MemoryState)
+        other.__dict__ |= self.__dict__
+        for name in ("keys", "values", "rotated_keys", "positions", "token_ids"):
+            slab = torch.empty_like(getattr(self, name))
+            num_live = self.num_rotated if name == "rotated_keys" else self.num_slots
+            slab[:, :, :num_live] = getattr(self, name)[:, :, :num_live]
+            setattr(other, name, slab)
+        return other

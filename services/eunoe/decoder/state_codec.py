@@ -1,0 +1,110 @@
+"""Memory states as bytes: a checkpoint's chunks, and the digest that two equal states share.
+
+Encoding, version 1: a header, then the live slots of keys, values, positions and token ids, each row-major and
+little-endian, cut into chunks of at most 1 MiB. The header holds its own digest and that of everything behind it.
+"""
+
+import struct
+from collections.abc import Sequence
+
+import torch
+import xxhash
+
+from eunoe.decoder.config import DecoderConfig, Dtypes
+from eunoe.decoder.memory_state import MemorySettings, MemoryState
+from eunoe.runtime.errors import CorruptState
+
+CHUNK_BYTES = 1 << 20
+_MAGIC = b"EUNOEMEM"
+VERSION = 1
+# Magic, version, KV dtype, positions, KV source layers, KV heads, head dim, budget, segment length, sink tokens,
+# tokens, slots, payload bytes, payload digest; then the digest of all these.
+_HEADER = struct.Struct("<8sHBBIIIIIIQIQ16s")
+_DIGEST_BYTES = 16
+_KV_DTYPES = (torch.bfloat16, torch.float32)
+_POSITIONS = ("original", "compact")
+
+
+def encode(state: MemoryState) -> list[bytes]:
+    """A state as chunks of at most 1 MiB, in order. Independent of slab capacity and machine."""
+    payload = b"".join(_live_bytes(slab) for slab in _live_slabs(state))
+    fields = (*_identity(state.keys, state.settings), state.num_tokens, state.num_slots)
+    header = _HEADER.pack(_MAGIC, VERSION, *fields, len(payload), xxhash.xxh3_128_digest(payload))
+    whole = memoryview(header + xxhash.xxh3_128_digest(header) + payload)
+    return [bytes(whole[start : start + CHUNK_BYTES]) for start in range(0, len(whole), CHUNK_BYTES)]
+
+
+def decode(chunks: Sequence[bytes], config: DecoderConfig, settings: MemorySettings, dtypes: Dtypes) -> MemoryState:
+    """The state that `encode` was given.
+
+    Raises:
+        CorruptState: If the chunks are torn, altered, of an unknown version, or of another shape than config,
+            settings and dtypes say.
+    """
+    whole = bytearray().join(chunks)
+    payload_start = _HEADER.size + _DIGEST_BYTES
+    if len(whole) < payload_start:
+        raise CorruptState(f"{len(whole)} bytes are no memory state")
+    header = bytes(whole[: _HEADER.size])
+    magic, version, *identity, num_tokens, num_slots, payload_bytes, payload_digest = _HEADER.unpack(header)
+    if magic != _MAGIC or xxhash.xxh3_128_digest(header) != whole[_HEADER.size : payload_start]:
+        raise CorruptState("the header of a memory state is damaged")
+    if version != VERSION:
+        raise CorruptState(f"memory state version {version} is unknown, this is version {VERSION}")
+    state = MemoryState(config, settings, dtypes.kv)
+    if tuple(identity) != _identity(state.keys, settings):
+        raise CorruptState(f"a memory state of shape {identity} is not one of {_identity(state.keys, settings)}")
+    if num_slots > min(settings.capacity, num_tokens):
+        raise CorruptState(f"{num_slots} slots of {num_tokens} tokens do not fit in {settings.capacity}")
+    state.num_tokens, state.num_slots = num_tokens, num_slots
+    slabs = _live_slabs(state)
+    sizes = [slab.numel() * slab.element_size() for slab in slabs]
+    payload = memoryview(whole)[payload_start:]
+    if not len(payload) == payload_bytes == sum(sizes):
+        raise CorruptState(f"a memory state of {sum(sizes)} bytes came as {len(payload)}")
+    if xxhash.xxh3_128_digest(payload) != payload_digest:
+        raise CorruptState("the bytes of a memory state do not have its digest")
+    for slab, size in zip(slabs, sizes, strict=True):
+        if size:
+            slab.copy_(torch.frombuffer(payload[:size], dtype=slab.dtype).view(slab.shape))
+        payload = payload[size:]
+    return state
+
+
+def state_digest(state: MemoryState, applied_offset: int, applied_pretoken_tokens: int) -> str:
+    """Hex XXH3-128 of the canonical state and of the place in the log that it belongs to.
+
+    Args:
+        state: Only live slots count, so the digest does not depend on the slabs' capacity.
+        applied_offset: Bytes of the log below the open pre-token.
+        applied_pretoken_tokens: Tokens of the open pre-token that are folded.
+    """
+    shape = (state.keys.shape[0], state.keys.shape[1], state.keys.shape[3], _KV_DTYPES.index(state.keys.dtype))
+    place = (state.num_tokens, state.num_slots, applied_offset, applied_pretoken_tokens)
+    hasher = xxhash.xxh3_128(struct.pack("<4I4Q", *shape, *place))
+    for slab in _live_slabs(state):
+        hasher.update(_live_bytes(slab))
+    return hasher.hexdigest()
+
+
+def _live_slabs(state: MemoryState) -> tuple[torch.Tensor, ...]:
+    return state.keys_LHSD, state.values_LHSD, state.positions_LHS, state.token_ids_LHS
+
+
+def _live_bytes(slab: torch.Tensor) -> memoryview:
+    return slab.contiguous().view(torch.uint8).numpy().data.cast("B") if slab.numel() else memoryview(b"")
+
+
+def _identity(keys: torch.Tensor, settings: MemorySettings) -> tuple[int, ...]:
+    """What a header says of dtype, shape and settings."""
+    num_layers, num_heads, _, head_dim = keys.shape
+    return (
+        _KV_DTYPES.index(keys.dtype),
+        _POSITIONS.index(settings.positions),
+        num_layers,
+        num_heads,
+        head_dim,
+        settings.kv_budget_tokens,
+        settings.segment_length,
+        settings.num_sink_tokens,
+    )

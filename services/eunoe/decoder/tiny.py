@@ -1,0 +1,33 @@
+"""A seeded random model, small enough that every test can have one."""
+
+from pathlib import Path
+
+from eunoe.decoder.checkpoint import save_weights
+from eunoe.decoder.config import DecoderConfig
+from eunoe.decoder.tokenizer import Tokenizer, write_tiny_tokenizer
+from eunoe.decoder.weights import random_weights
+
+
+def tiny_config(*, vocab_size: int = 512, num_layers: int = 2) -> DecoderConfig:
+    """A Llama of some 100,000 weights."""
+    return DecoderConfig(
+        name="tiny",
+        vocab_size=vocab_size,
+        dim=64,
+        num_layers=num_layers,
+        num_query_heads=4,
+        num_kv_heads=2,
+        head_dim=16,
+        ffn_dim=128,
+        ties_embeddings=True,
+        max_positions=512,
+    )
+
+
+def write_tiny_model(directory: Path | str, *, seed: int = 0, num_layers: int = 2) -> None:
+    """Write a model directory with seeded random weights and a small byte-level tokenizer."""
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    write_tiny_tokenizer(directory)
+    config = tiny_config(vocab_size=Tokenizer.load(directory).vocab_size, num_layers=num_layers)
+    save_weights(directory, config, random_weights(config, seed))
