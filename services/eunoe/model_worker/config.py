@@ -1,0 +1,45 @@
+"""Configuration of a model worker."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WorkerConfig:
+    """What one model worker is told at start. Environment: EUNOE_WORKER_<FIELD>."""
+
+    model_name: str
+    """The model's name in the public API."""
+    model_path: Path
+    """Directory with weights and tokenizer."""
+    state_store_address: str
+    """host:port of the state store."""
+    listen_host: str = "127.0.0.1"
+    """Where to listen, and what others are told to connect to; the port is picked."""
+    num_threads: int = 2
+    """Threads of the decoder's matmuls; a part of numerics_id."""
+    memory_limit_bytes: int = 4 * 1024**3
+    """Most bytes of resident memory states, their derived copies and the copies that answers are decoded on."""
+    checkpoint_segments: int = 32
+    """Commit after so many segments; folding pauses at twice as many uncommitted ones."""
+    checkpoint_seconds: float = 10.0
+    """Commit at the latest so long after the last commit, if anything was folded."""
+    renew_seconds: float = 3.0
+    """Between two signs of life to the state store."""
+    sweep_seconds: float = 1.0
+    """Between two looks at the streams that have a backlog."""
+    stall_seconds: float = 10.0
+    """Unhealthy after so long without a step while work is pending."""
+    metrics_port: int | None = None
+    """Where Prometheus metrics are published on `listen_host`; 0 picks a port, None publishes none."""
+    drain_seconds: float = 10.0
+    """How long a drain waits for running calls."""
+
+    def __post_init__(self) -> None:
+        if not self.model_name:
+            raise ValueError("model_name is empty")
+        if self.checkpoint_segments < 1 or self.num_threads < 1:
+            raise ValueError("checkpoint_segments and num_threads must be at least 1")
+        durations = (self.checkpoint_seconds, self.renew_seconds, self.sweep_seconds, self.stall_seconds)
+        if min(durations) <= 0:
+            raise ValueError("durations must be positive")
