@@ -1,0 +1,85 @@
+"""The gateway before real model workers with a tiny model: one document, the whole way."""
+
+import uuid
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from eunoe.api.v1 import long_context_pb2 as api
+from eunoe.decoder.tiny import write_tiny_model
+from eunoe.model_worker.config import WorkerConfig
+from eunoe.model_worker.worker import ModelWorker
+
+TEXT = "The quick brown fox jumps over the lazy dog, and the river goes on. " * 8
+
+
+@pytest.fixture(scope="module")
+def tiny_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("tiny")
+    write_tiny_model(directory)
+    return directory
+
+
+@pytest.fixture
+async def workers(state_store: Any, tiny_directory: Path) -> AsyncIterator[list[ModelWorker]]:
+    """Two workers of one model of the test's own."""
+    config = WorkerConfig(
+        model_name=f"tiny-{uuid.uuid4().hex[:8]}",
+        model_path=tiny_directory,
+        state_store_address=state_store.address,
+        num_threads=1,
+        checkpoint_segments=2,
+        drain_seconds=0.1,
+    )
+    started = [ModelWorker(config, on_engine_death=lambda: None) for _ in range(2)]
+    for worker in started:
+        await worker.start()
+    yield started
+    for worker in started:
+        await worker.drain()
+
+
+async def ingested(stub: Any, append_to: Any, model: str, pieces: list[bytes], kill: Any = None) -> api.Stream:
+    settings = api.StreamSettings(segment_length=16, kv_budget_tokens=32)
+    name = (await stub.CreateStream(api.CreateStreamRequest(model=model, settings=settings))).stream.name
+    client = await append_to(stub, name)
+    for i, piece in enumerate(pieces):
+        assert (await client.record(piece)).status.code == 0
+        if kill is not None and i == len(pieces) // 2:
+            await client.flush()
+            await kill(name)
+    finished: api.Stream = await client.finish()
+    return finished
+
+
+async def test_a_document_is_read_and_answered_about(stub: Any, workers: list[ModelWorker], append_to: Any) -> None:
+    stream = await ingested(stub, append_to, workers[0].config.model_name, [TEXT.encode()])
+    request = api.GenerateRequest(stream=stream.name, text="The", max_tokens=4)
+    responses = [response async for response in stub.Generate(request)]
+    heads = [r async for r in stub.InspectMemory(api.InspectMemoryRequest(name=stream.name))]
+    scores = [r async for r in stub.Score(api.ScoreRequest(stream=stream.name, text="a river"))]
+
+    assert stream.applied_offset > len(TEXT) // 2
+    assert responses[-1].summary.num_answer_tokens in range(1, 5)
+    assert max(len(head.head.positions) for head in heads) == 32
+    assert sum(len(score.tokens.log_probs) for score in scores) > 0
+
+
+async def test_a_worker_that_dies_in_the_middle_leaves_the_same_memory(
+    stub: Any, workers: list[ModelWorker], append_to: Any
+) -> None:
+    model = workers[0].config.model_name
+    pieces = [TEXT.encode()[i : i + 50] for i in range(0, len(TEXT), 50)]
+
+    async def kill_the_owner(name: str) -> None:
+        owner = next(worker for worker in workers if name in worker.streams)
+        workers.remove(owner)
+        await owner.stop()
+
+    undisturbed = await ingested(stub, append_to, model, [TEXT.encode()])
+    disturbed = await ingested(stub, append_to, model, pieces, kill=kill_the_owner)
+
+    assert disturbed.state_digest == undisturbed.state_digest
+    assert disturbed.tokens == undisturbed.tokens

@@ -1,0 +1,88 @@
+from typing import Any
+
+import pytest
+
+from eunoe.api.v1 import long_context_pb2 as api
+from eunoe.gateway.models import ModelDirectory, settings_in_effect
+from eunoe.internal.v1 import state_store_pb2 as pb
+from eunoe.runtime.errors import InvalidRequest, ModelNotFound
+
+
+def a_worker(model: api.Model, name: str = "w1") -> pb.Worker:
+    return pb.Worker(worker=name, address="127.0.0.1:1", model=model)
+
+
+async def test_served_models_are_sorted_and_count_their_workers(store: Any, clock: Any, model: api.Model) -> None:
+    other = api.Model(name="big", max_positions=8192)
+    store.workers = [a_worker(model, "w1"), a_worker(model, "w2"), a_worker(other, "w3")]
+
+    served = await ModelDirectory(store, clock).served()
+
+    assert [(m.name, m.num_workers) for m in served] == [("big", 1), ("tiny", 2)]
+
+
+async def test_an_empty_name_is_the_only_model(store: Any, clock: Any, model: api.Model) -> None:
+    store.workers = [a_worker(model)]
+
+    assert (await ModelDirectory(store, clock).find("")).name == "tiny"
+
+
+async def test_an_empty_name_among_several_models_is_invalid(store: Any, clock: Any, model: api.Model) -> None:
+    store.workers = [a_worker(model), a_worker(api.Model(name="big", max_positions=8192))]
+
+    with pytest.raises(InvalidRequest):
+        await ModelDirectory(store, clock).find("")
+
+
+@pytest.mark.parametrize("name", ["", "gpt"])
+async def test_a_model_that_nobody_serves_is_not_found(store: Any, clock: Any, name: str) -> None:
+    with pytest.raises(ModelNotFound):
+        await ModelDirectory(store, clock).find(name)
+
+
+async def test_a_model_stays_known_while_its_workers_are_away(store: Any, clock: Any, model: api.Model) -> None:
+    directory = ModelDirectory(store, clock)
+    store.workers = [a_worker(model)]
+    await directory.served()
+    store.workers = []
+    clock.now += 60
+
+    assert (await directory.find("tiny")).vocab_size == 512
+    assert await directory.served() == []
+
+
+async def test_the_directory_is_read_once_a_second(store: Any, clock: Any) -> None:
+    directory = ModelDirectory(store, clock)
+    await directory.served()
+    await directory.served()
+    clock.now += 1
+    await directory.served()
+
+    assert store.num_calls["list_workers"] == 2
+
+
+def test_settings_default_to_what_the_model_can_do(model: api.Model) -> None:
+    settings = settings_in_effect(api.StreamSettings(), model)
+
+    assert (settings.kv_budget_tokens, settings.segment_length, settings.num_sink_tokens) == (512, 512, 4)
+    assert settings.positions == api.POSITION_MODE_COMPACT
+
+
+def test_zero_sinks_are_a_choice(model: api.Model) -> None:
+    assert settings_in_effect(api.StreamSettings(num_sink_tokens=0), model).num_sink_tokens == 0
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        api.StreamSettings(kv_budget_tokens=513),
+        api.StreamSettings(segment_length=15),
+        api.StreamSettings(segment_length=2049),
+        api.StreamSettings(kv_budget_tokens=4),
+        api.StreamSettings(kv_budget_tokens=64, num_sink_tokens=64),
+        api.StreamSettings(positions=9),  # type: ignore[arg-type]
+    ],
+)
+def test_settings_out_of_range_are_invalid(model: api.Model, settings: api.StreamSettings) -> None:
+    with pytest.raises(InvalidRequest):
+        settings_in_effect(settings, model)
