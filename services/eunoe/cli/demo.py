@@ -1,0 +1,163 @@
+"""`eunoe demo`: a book into a bounded memory, two questions, and the figures."""
+
+import gzip
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import eunoe
+from eunoe.cli.ingest import AppendBar
+from eunoe.cli.output import megabytes, note
+
+if TYPE_CHECKING:
+    from eunoe.client import Client, Stream
+
+NUM_TOKENS = 40_000
+# The questions are about these last tokens; the second stream keeps all of them.
+NUM_RECENT_TOKENS = 4_000
+FULL_CACHE_BUDGET = 8_192
+_FEWEST_TOKENS = NUM_RECENT_TOKENS + 1_000
+_MOST_CHARACTERS = 8 * NUM_TOKENS
+# A machine that needs longer for all the tokens streams only what a shorter time allows.
+_PATIENCE_SECONDS, _SHORTENED_SECONDS = 30.0, 20.0
+
+_BOUNDED, _FULL = "bounded", "full-cache"
+
+
+@dataclass(frozen=True, slots=True)
+class _Question:
+    """Asked as raw text, which the small model then continues: its chat template makes it chat instead of quote."""
+
+    question: str
+    answer_start: str
+    place: str
+    is_in_window: bool
+
+
+_QUESTIONS = (
+    _Question(
+        question="Whose root and offspring does Jesus say he is?",
+        answer_start="I am the root and the offspring of",
+        place="Revelation 22:16, still in the window",
+        is_in_window=True,
+    ),
+    _Question(
+        question="How long was the dragon bound?",
+        answer_start="He laid hold on the dragon, that old serpent, and bound him",
+        place="Revelation 20:2, which has left the window",
+        is_in_window=False,
+    ),
+)
+
+
+def run_demo(*, is_whole_book: bool, file: Path | None, say: Callable[[str], None]) -> dict[str, Any]:
+    """Run all of it on a platform of its own, which is gone afterwards; returns the figures.
+
+    Args:
+        is_whole_book: Stream the whole text instead of its last 40,000 tokens.
+        file: A text, perhaps .gz; None takes the King James Bible of the source tree.
+        say: Prints a line for people.
+    """
+    from eunoe.client import Client
+    from eunoe.embedded.models import resolve_model
+    from eunoe.embedded.platform import Platform
+
+    started_at = time.monotonic()
+    text = _read(file or Path(eunoe.__path__[0]).parents[1] / "examples" / "kjv.txt.gz")
+    if not is_whole_book:
+        # Enough for the tokens wanted; from a line's start on, so that they are those of the whole text.
+        text = text[text.rfind("\n", 0, -_MOST_CHARACTERS) + 1 :]
+    _, model_path = resolve_model("smollm2-135m-instruct", on_step=note)
+    starts = _token_starts(text, model_path)
+    with (
+        tempfile.TemporaryDirectory(prefix="eunoe-demo-") as home,
+        Platform(home=Path(home), on_step=note) as platform,
+        Client(platform.address) as client,
+    ):
+        say(f"The platform is up after {time.monotonic() - started_at:.1f} s: {platform.model}, one worker.")
+        figures = _stream_and_ask(client, text, starts, is_whole_book, say)
+    figures["total_seconds"] = round(time.monotonic() - started_at, 1)
+    say(f"Everything is stopped, after {figures['total_seconds']:.0f} s in all.")
+    return figures
+
+
+def _stream_and_ask(
+    client: "Client", text: str, starts: list[int], is_whole_book: bool, say: Callable[[str], None]
+) -> dict[str, Any]:
+    recent = text[starts[-min(NUM_RECENT_TOKENS, len(starts))] :]
+    say(f"\nFor comparison, a stream with a full cache of the last {NUM_RECENT_TOKENS:,} tokens:")
+    _, probe_seconds = _append(client, _FULL, recent, FULL_CACHE_BUDGET)
+    rate = NUM_RECENT_TOKENS / probe_seconds
+
+    num_tokens = len(starts) if is_whole_book else min(NUM_TOKENS, len(starts))
+    if not is_whole_book and num_tokens / rate > _PATIENCE_SECONDS:
+        num_tokens = min(num_tokens, max(_FEWEST_TOKENS, int(rate * _SHORTENED_SECONDS)))
+        say(
+            f"\nThis machine reads about {rate:,.0f} tokens/s: only {num_tokens:,} of {NUM_TOKENS:,} tokens"
+            f" are streamed, which takes about {num_tokens / rate:.0f} s."
+        )
+    what = "The whole book" if is_whole_book else "The end of the book"
+    say(f"\n{what}, {num_tokens:,} tokens, into a memory of 1,024 tokens a head:")
+    stream, seconds = _append(client, _BOUNDED, text[starts[-num_tokens] :], 0)
+
+    answers = [_ask(client, question, say) for question in _QUESTIONS]
+    (model,) = client.list_models()
+    full_cache_bytes = num_tokens * model.full_cache_bytes_per_token
+    say(
+        f"\n{num_tokens / seconds:,.0f} tokens/s. The memory takes {megabytes(stream.state_bytes)}, however long the"
+        f" text; a full KV cache of these {num_tokens:,} tokens takes {megabytes(full_cache_bytes)}"
+        f" ({full_cache_bytes / stream.state_bytes:,.0f} times as much)."
+    )
+    return {
+        "tokens": num_tokens,
+        "seconds": round(seconds, 2),
+        "tokens_per_second": round(num_tokens / seconds, 1),
+        "state_bytes": stream.state_bytes,
+        "full_cache_bytes": full_cache_bytes,
+        "answers": answers,
+    }
+
+
+def _append(client: "Client", stream_id: str, text: str, budget: int) -> "tuple[Stream, float]":
+    from eunoe.client import StreamSettings
+
+    created = client.create_stream(stream_id, settings=StreamSettings(kv_budget_tokens=budget))
+    data = text.encode()
+    started_at = time.monotonic()
+    with AppendBar(created, len(data)) as bar:
+        stream = client.append(stream_id, data, source_id="demo", on_progress=bar.note)
+        bar.finish()
+    return stream, time.monotonic() - started_at
+
+
+def _ask(client: "Client", question: _Question, say: Callable[[str], None]) -> dict[str, Any]:
+    prompt = f"\n\nQuestion: {question.question}\nAnswer: {question.answer_start}"
+    answers = {
+        stream_id: client.generate(stream_id, prompt, max_tokens=16, stop=["\n"]).finish().text.strip()
+        for stream_id in (_BOUNDED, _FULL)
+    }
+    say(f"\n{question.question}  ({question.place})")
+    say(f"  bounded memory:                      {question.answer_start} [{answers[_BOUNDED]}]")
+    say(f"  full cache of the last {NUM_RECENT_TOKENS:,} tokens: {question.answer_start} [{answers[_FULL]}]")
+    return {
+        "question": question.question,
+        "is_in_window": question.is_in_window,
+        "bounded": answers[_BOUNDED],
+        "full_cache": answers[_FULL],
+    }
+
+
+def _read(file: Path) -> str:
+    data = file.read_bytes()
+    return (gzip.decompress(data) if file.suffix == ".gz" else data).decode()
+
+
+def _token_starts(text: str, model_path: Path) -> list[int]:
+    """Where each token of a text starts, in characters."""
+    from tokenizers import Tokenizer
+
+    encoding = Tokenizer.from_file(str(model_path / "tokenizer.json")).encode(text, add_special_tokens=False)
+    return [start for start, _ in encoding.offsets]

@@ -1,0 +1,162 @@
+"""Commands on whole streams."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from eunoe.cli.connect import open_client
+from eunoe.cli.output import JsonOption, megabytes, note, print_json, print_table, to_json
+
+if TYPE_CHECKING:
+    from eunoe.client import HeadMemory, Stream
+
+StreamArgument = Annotated[str, typer.Argument(metavar="STREAM", help="A stream's id.")]
+
+_LONGEST_RUN_CHARACTERS = 400
+
+
+def streams(context: typer.Context, json_output: JsonOption = False) -> None:
+    """List all streams."""
+    with open_client(context) as client:
+        found = list(client.list_streams())
+    if json_output:
+        for each in found:
+            print_json(each)
+        return
+    rows = [
+        [
+            stream_id(each),
+            each.model,
+            f"{each.accepted_offset:,}",
+            f"{each.applied_offset:,}",
+            f"{each.tokens:,}",
+            megabytes(each.state_bytes),
+        ]
+        for each in found
+    ]
+    print_table(["stream", "model", "accepted", "applied", "tokens", "memory"], rows)
+
+
+def stream(context: typer.Context, name: StreamArgument, json_output: JsonOption = False) -> None:
+    """Show a stream: its settings, how far it is, and its memory's size and digest."""
+    with open_client(context) as client:
+        found = client.get_stream(name)
+    show_stream(found, json_output)
+
+
+def fork(
+    context: typer.Context,
+    name: StreamArgument,
+    new: Annotated[str, typer.Argument(metavar="NEW", help="The new stream's id.")],
+    at: Annotated[int | None, typer.Option(min=0, help="A record's end; default: all that was accepted.")] = None,
+    json_output: JsonOption = False,
+) -> None:
+    """Make a stream that shares the past of another."""
+    with open_client(context) as client:
+        child = client.fork_stream(name, new, at_offset=at)
+    show_stream(child, json_output)
+
+
+def export(
+    context: typer.Context,
+    name: StreamArgument,
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="Where to; it appears whole or not at all.")],
+    json_output: JsonOption = False,
+) -> None:
+    """Write a stream's memory, and the log after it, to a file."""
+    with open_client(context) as client:
+        num_bytes = client.export_stream(name, file)
+    if json_output:
+        print_json({"file": str(file), "bytes": num_bytes})
+    else:
+        print(f"{file}: {megabytes(num_bytes)}")
+
+
+def import_(
+    context: typer.Context,
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="An export.")],
+    new: Annotated[str, typer.Argument(metavar="NEW", help="The new stream's id.")],
+    json_output: JsonOption = False,
+) -> None:
+    """Make a stream from an export: same offsets, same memory."""
+    with file.open("rb") as source, open_client(context) as client:
+        imported = client.import_stream(source, new)
+    show_stream(imported, json_output)
+
+
+def rm(context: typer.Context, name: StreamArgument, json_output: JsonOption = False) -> None:
+    """Remove a stream with everything that no fork shares."""
+    with open_client(context) as client:
+        client.delete_stream(name)
+    if json_output:
+        print_json({"removed": name})
+    else:
+        print(f"{name} is removed")
+
+
+def inspect(
+    context: typer.Context,
+    name: StreamArgument,
+    layer: Annotated[int | None, typer.Option(min=0, help="Only this KV source layer.")] = None,
+    head: Annotated[int | None, typer.Option(min=0, help="Only this KV head.")] = None,
+    full: Annotated[bool, typer.Option("--full", help="Do not shorten long runs of text.")] = False,
+    json_output: JsonOption = False,
+) -> None:
+    """Show which tokens a stream's committed memory still keeps."""
+    with open_client(context) as client:
+        memory = client.inspect_memory(name)
+    heads = [each for each in memory.heads if layer in (None, each.layer) and head in (None, each.head)]
+    if not heads and memory.heads:
+        raise typer.BadParameter(f"there is no KV source layer {layer} with head {head}")
+    if json_output:
+        print_json({"stream": to_json(memory.stream)})
+        for each in heads:
+            print_json({"head": to_json(each)})
+        return
+    note(f"{name}: {memory.stream.tokens:,} tokens read, memory {megabytes(memory.stream.state_bytes)}")
+    if not heads:
+        note("nothing is committed yet: less than a segment was read")
+    # Heads that keep the same tokens, as all do under sinks and recent window, are shown once.
+    same: dict[tuple[int, ...], list[HeadMemory]] = {}
+    for each in heads:
+        same.setdefault(tuple(each.positions), []).append(each)
+    for group in same.values():
+        places = ", ".join(f"layer {each.layer} head {each.head}" for each in group[:3])
+        more = f" and {len(group) - 3} more" if len(group) > 3 else ""
+        note(f"\n{places}{more}: {len(group[0].positions):,} tokens")
+        _print_kept(group[0], full)
+
+
+def stream_id(found: "Stream") -> str:
+    """The id in a stream's name."""
+    return found.name.rpartition("/")[2]
+
+
+def show_stream(found: "Stream", json_output: bool) -> None:
+    """All of a stream, for people or as JSON."""
+    values = to_json(found)
+    if json_output:
+        print_json(values)
+        return
+    settings = values.pop("settings", {})
+    for key, value in {**values, **{f"settings.{key}": value for key, value in settings.items()}}.items():
+        print(f"{key:28} {value:,}" if isinstance(value, int) and not isinstance(value, bool) else f"{key:28} {value}")
+
+
+def _print_kept(head: "HeadMemory", full: bool) -> None:
+    """Each unbroken run of positions as text, and how many tokens are missing between runs."""
+    start, next_position = 0, 0
+    for index in range(1, len(head.positions) + 1):
+        if index < len(head.positions) and head.positions[index] == head.positions[index - 1] + 1:
+            continue
+        first, last = head.positions[start], head.positions[index - 1]
+        if first > next_position:
+            print(f"  ... {first - next_position:,} tokens are gone ...")
+        text = "".join(head.texts[start:index])
+        if len(text) > _LONGEST_RUN_CHARACTERS and not full:
+            half = _LONGEST_RUN_CHARACTERS // 2
+            text = f"{text[:half]} [...] {text[-half:]}"
+        print(f"  [{first:,}-{last:,}] {text if sys.stdout.isatty() or full else ' '.join(text.split())}")
+        start, next_position = index, last + 1

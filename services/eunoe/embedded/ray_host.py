@@ -1,0 +1,123 @@
+"""Runs a local Ray with the model's Serve application: `python -m eunoe.embedded.ray_host`.
+
+SIGTERM drains: workers commit their streams and give them back, then Ray ends with this process.
+"""
+
+import dataclasses
+import os
+import secrets
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+
+from eunoe.runtime.config import from_env
+from eunoe.runtime.grpc_server import write_ready_file
+
+# Ray's own floor is 75 MB. Tensors never go through the object store: it holds Serve's small change.
+OBJECT_STORE_BYTES = 200 * 1000 * 1000
+# Logical: Ray's own actors and every worker must be placed, whatever the machine has.
+NUM_LOGICAL_CPUS = 16
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RayHostConfig:
+    """What the Ray of an embedded platform is told at start. Environment: EUNOE_RAY_HOST_<FIELD>."""
+
+    model_name: str
+    """The model's name in the public API, and the Serve application's."""
+    model_path: Path
+    """Directory with weights and tokenizer."""
+    state_store_address: str
+    """host:port of the state store."""
+    serve_grpc_port: int
+    """Where Serve's gRPC proxy listens."""
+    serve_http_port: int
+    """Where Serve's HTTP proxy listens; nothing uses it, but Serve has no switch for it."""
+    temp_dir: Path
+    """Ray's sessions; short, because its socket paths end at 107 bytes."""
+    ready_file: Path
+    """Gets {"address", "pid"} as JSON when the workers are ready."""
+    num_workers: int = 1
+    """Model workers."""
+    num_threads: int = 2
+    """Threads of a worker."""
+    memory_limit_bytes: int | None = None
+    """Most bytes of resident memory states of a worker; None leaves the worker's default."""
+
+
+def main() -> None:
+    """Run until SIGTERM."""
+    config = from_env(RayHostConfig, "EUNOE_RAY_HOST")
+    # Read when Ray is imported, and by the processes that it starts.
+    os.environ.update(
+        {
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_SERVE_ENABLE_HA_PROXY": "0",
+            "RAY_OBJECT_STORE_ALLOW_SLOW_STORAGE": "1",
+            "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+            # Ray's ports listen on every interface, whatever it is told; this token keeps others out.
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": secrets.token_hex(32),
+            "OMP_NUM_THREADS": str(config.num_threads),
+            # Ray would run the workers at nice 15, where any other process starves them.
+            "RAY_worker_niceness": "0",
+        }
+    )
+    import ray
+    from ray import serve
+    from ray.serve.config import gRPCOptions
+
+    from eunoe.model_worker.config import WorkerConfig
+    from eunoe.serve_apps.model_worker import build_app
+
+    ray.init(
+        num_cpus=NUM_LOGICAL_CPUS,
+        object_store_memory=OBJECT_STORE_BYTES,
+        include_dashboard=False,
+        # Not the address of some network, which may go away.
+        _node_ip_address="127.0.0.1",
+        _temp_dir=str(config.temp_dir),
+        namespace="eunoe",
+    )
+    # After ray.init, which installs a handler of its own.
+    for signal_number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signal_number, _exit)
+    serve.start(
+        http_options={"host": "127.0.0.1", "port": config.serve_http_port},
+        grpc_options=gRPCOptions(
+            port=config.serve_grpc_port,
+            grpc_servicer_functions=[
+                "eunoe.internal.v1.model_worker_pb2_grpc.add_PlacementServiceServicer_to_server",
+            ],
+            enable_reflection=False,
+        ),
+    )
+    worker_config = WorkerConfig(
+        model_name=config.model_name,
+        model_path=config.model_path,
+        state_store_address=config.state_store_address,
+        num_threads=config.num_threads,
+    )
+    if config.memory_limit_bytes is not None:
+        worker_config = dataclasses.replace(worker_config, memory_limit_bytes=config.memory_limit_bytes)
+    try:
+        # Without a route prefix Serve tells its proxy of no endpoint, for gRPC neither.
+        route_prefix = f"/{config.model_name}"
+        serve.run(build_app(worker_config, config.num_workers), name=config.model_name, route_prefix=route_prefix)
+        write_ready_file(config.ready_file, f"127.0.0.1:{config.serve_grpc_port}")
+        while True:
+            signal.pause()
+    finally:
+        serve.shutdown()
+        ray.shutdown()
+
+
+def _exit(*_: object) -> None:
+    # Once: the drain is not to be interrupted.
+    for signal_number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signal_number, signal.SIG_IGN)
+    raise SystemExit(0)
+
+
+if __name__ == "__main__":
+    main()
