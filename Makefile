@@ -12,9 +12,9 @@ PIP := .venv/bin/pip --disable-pip-version-check
 BIN := .venv/bin
 # The environment is ready when the packages are there and the generated code is as new as the protos.
 READY := .venv/.protos
-# With EUNOE_REQUIRE_MODEL a test that finds no weights fails instead of being skipped.
+# With EUNOE_REQUIRE_MODEL a test that finds no weights fails instead of being skipped; -rP shows the figures.
 MODEL_CHECKS = model=$$($(BIN)/python -m eunoe.embedded.models | tail -n 1); \
-	EUNOE_REQUIRE_MODEL=1 EUNOE_TEST_MODEL="$$model" $(BIN)/pytest
+	EUNOE_REQUIRE_MODEL=1 EUNOE_TEST_MODEL="$$model" $(BIN)/pytest -rP
 
 .PHONY: help
 help: ## Show this list
@@ -40,7 +40,7 @@ check-model: $(READY) ## Tests on SmolLM2-135M (fetched once, 98 MB)
 	$(MODEL_CHECKS) -m "model and not full"
 
 .PHONY: check-model-full
-check-model-full: $(READY) ## The same in their long form: every passkey case, the whole book
+check-model-full: $(READY) ## The same in their long form: every passkey case
 	$(MODEL_CHECKS) -m "model"
 
 .PHONY: lint

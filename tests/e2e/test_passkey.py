@@ -20,8 +20,8 @@ PREAMBLE = (
     "I will quiz you about the important information there.\n"
 )
 NEEDLE = "The pass key is {key}. Remember it. {key} is the pass key.\n"
-# Chosen among eight on documents of other seeds: the plain "What is the pass key?" is often continued as scripture.
-QUESTION = "\nNow I quiz you. What is the pass key that was hidden in the text? The pass key is"
+# Chosen among ten on documents of other seeds: a plain "What is the pass key?" is often continued as scripture.
+QUESTION = "\nThe important information: the pass key is"
 UNBOUNDED = 8192
 NUM_CASES = 12
 # At 4K the model itself starts to lose it: its full cache finds 10 of 12.
