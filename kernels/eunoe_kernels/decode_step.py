@@ -101,6 +101,7 @@ class DecodeStep:
         large = [matrix for matrix in matrices if matrix.dim() == 2]
         if not all(matrix.is_contiguous() and matrix.dtype == weights.output.dtype for matrix in large):
             raise ValueError("weights must be contiguous and of one dtype")
+        # Held only so that the addresses stay valid: the float32 norms may belong to nobody else.
         self._matrices = matrices
         self._addresses = np.array([matrix.data_ptr() for matrix in matrices], dtype=np.int64)
         self._norm_eps = np.array([norm_eps], dtype=np.float32)

@@ -106,10 +106,6 @@ def lease_to_proto(lease: Lease) -> pb.Lease:
     return pb.Lease(worker=lease.worker, epoch=lease.epoch, address=lease.address)
 
 
-def lease_from_proto(lease: pb.Lease) -> Lease:
-    return Lease(lease.worker, lease.epoch, lease.address)
-
-
 def time_to_proto(time_ns: int) -> timestamp_pb2.Timestamp:
     timestamp = timestamp_pb2.Timestamp()
     timestamp.FromNanoseconds(time_ns)
