@@ -9,7 +9,7 @@ from eunoe.internal.v1 import state_store_pb2 as pb
 from eunoe.model_worker.engine import Job
 from eunoe.model_worker.fold import EphemeralCopy, StreamFold
 from eunoe.model_worker.stream import OwnedStream, WorkerParts, is_done_in_a_second
-from eunoe.runtime.errors import CarryOpen, NotOwner
+from eunoe.runtime.errors import CarryOpen, NotOwner, StateLost
 
 T = TypeVar("T")
 
@@ -67,8 +67,13 @@ class BorrowedCopy:
             self._future = asyncio.ensure_future(self._stream.committed_copy())
             await self._future
             return
-        request = pb.GetStreamRequest(name=self._stream.name)
-        record = (await self._parts.store.get_stream(request)).record
+        request = pb.GetStreamRequest(name=self._stream.name, seen=fold.read_mark)
+        try:
+            record = (await self._parts.store.get_stream(request)).record
+        except StateLost as error:
+            lost = NotOwner(f"the memory of {self._stream.name} is not that of its log: {error}")
+            self._stream.fail(lost)
+            raise lost from error
         if not self._stream.is_of(record):
             self._stream.fail(NotOwner(f"{self._stream.name} was taken by another worker"))
         now = record.stream

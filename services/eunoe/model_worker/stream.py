@@ -23,7 +23,7 @@ from eunoe.model_worker.config import WorkerConfig
 from eunoe.model_worker.engine import Engine
 from eunoe.model_worker.fold import EphemeralCopy, StreamFold
 from eunoe.model_worker.memory import Admission
-from eunoe.runtime.errors import Conflict, DeadlineTooShort, EunoeError, NotOwner, Unavailable
+from eunoe.runtime.errors import Conflict, DeadlineTooShort, EunoeError, NotOwner, StateLost, Unavailable
 
 logger = logging.getLogger(__name__)
 
@@ -329,13 +329,13 @@ class OwnedStream:
 
     async def _commit_once(self, fold: StreamFold) -> None:
         start = time.monotonic()
-        version = self._record.manifest.version + 1
         snapshot = await self._parts.engine.call(fold.snapshot)
         try:
-            self._record = await self._parts.checkpoints.commit(self.name, self.lease, snapshot, version)
-        except Conflict as error:
-            metrics.COMMITS.labels("lease_lost").inc()
-            lost = NotOwner(f"{self.name} was taken by another worker: {error}")
+            self._record = await self._parts.checkpoints.commit(self.name, self.lease, snapshot, self._record.manifest)
+        except (Conflict, StateLost) as error:
+            # Another worker's now, or computed from a past that the store has lost: the next owner loads what is there.
+            metrics.COMMITS.labels("lease_lost" if isinstance(error, Conflict) else "rolled_back").inc()
+            lost = NotOwner(f"{self.name} is not held here any more: {error}")
             self.fail(lost)
             raise lost from error
         except EunoeError as error:
