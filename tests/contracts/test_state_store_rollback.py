@@ -64,6 +64,21 @@ async def test_a_mark_whose_record_is_trimmed_is_not_checked(caller) -> None:
     await caller.store.logs.check_seen(metadata, LogMark(3, OTHER_CHAIN))
 
 
+async def test_a_mark_that_is_trimmed_while_it_is_checked_is_no_loss(caller) -> None:
+    await caller.create()
+    await caller.append(b"one")
+    mark = LogMark(3, (await caller.get()).log_chain)
+    await caller.append(b"two")
+    before = await caller.get()
+    fence = await caller.acquire()
+    for _ in range(3):
+        await caller.commit(fence, 6)
+
+    await caller.store.logs.check_seen(before, mark)
+
+    assert (await caller.get()).log_start_offset == 6
+
+
 async def test_a_record_behind_another_past_is_not_taken(caller) -> None:
     await caller.create()
     await caller.append(b"one")

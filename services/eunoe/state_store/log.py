@@ -2,7 +2,7 @@
 
 from collections.abc import AsyncIterator
 
-from eunoe.runtime.errors import CorruptState, OutcomeNotFound, StreamNotFound
+from eunoe.runtime.errors import CorruptState, OutcomeNotFound, StateLost, StreamNotFound
 from eunoe.state_store import keys, log_rules
 from eunoe.state_store.chains import LogMark
 from eunoe.state_store.effects import RecordEntry
@@ -80,10 +80,20 @@ class Logs:
         Raises:
             StateLost.
         """
-        at_entry = None
-        if metadata.log_start_offset < seen.offset < metadata.accepted_offset:
-            at_entry = await self.record_ending_at(keys.parse_name(metadata.name)[0], metadata, seen.offset)
-        log_rules.check_seen(metadata, seen, at_entry)
+        tenant, _ = keys.parse_name(metadata.name)
+        while True:
+            at_entry = None
+            if metadata.log_start_offset < seen.offset < metadata.accepted_offset:
+                at_entry = await self.record_ending_at(tenant, metadata, seen.offset)
+            try:
+                log_rules.check_seen(metadata, seen, at_entry)
+                return
+            except StateLost:
+                # Trimmed between the two reads? Then it cannot be checked any more, and nothing is lost.
+                newer = await Transaction(self._environment, tenant).stream(metadata.name)
+                if newer.uid != metadata.uid or newer.log_start_offset == metadata.log_start_offset:
+                    raise
+                metadata = newer
 
     async def outcome(self, name: str, request_id: str) -> bytes:
         """What became of a remembering call.
