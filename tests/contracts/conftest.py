@@ -13,6 +13,7 @@ from eunoe.state_store.log_rules import KIND_TEXT, Append
 from eunoe.state_store.memory_storage import MemoryStorage
 from eunoe.state_store.metadata import ChunkRef, DecisionRun, Lease, Manifest, Settings, StreamMetadata
 from eunoe.state_store.redis_storage import RedisStorage
+from eunoe.state_store.sealing import Keyring
 from eunoe.state_store.storage import Storage
 from eunoe.state_store.store import StateStore
 from eunoe.state_store.stream_rules import Create
@@ -63,9 +64,17 @@ def config() -> StateStoreConfig:
 
 
 @pytest.fixture
-async def store(storage: Storage, clock: FakeClock, config: StateStoreConfig) -> AsyncIterator[StateStore]:
+def keyring(request: pytest.FixtureRequest) -> Keyring:
+    """Over Redis everything is encrypted, in memory nothing."""
+    return Keyring(bytes(32) if "redis" in request.node.name else None)
+
+
+@pytest.fixture
+async def store(
+    storage: Storage, clock: FakeClock, config: StateStoreConfig, keyring: Keyring
+) -> AsyncIterator[StateStore]:
     """A state store without its sweeps: tests call them."""
-    store = StateStore(Environment(storage=storage, config=config, clock_ns=clock))
+    store = StateStore(Environment(storage=storage, config=config, keyring=keyring, clock_ns=clock))
     yield store
     await store.settle()
 

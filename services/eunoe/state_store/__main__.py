@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import sys
+from pathlib import Path
 
 import grpc
 
@@ -15,6 +16,7 @@ from eunoe.runtime.logging import configure_logging
 from eunoe.runtime.telemetry import serve_metrics
 from eunoe.state_store.config import StateStoreConfig
 from eunoe.state_store.redis_storage import RedisStorage
+from eunoe.state_store.sealing import KEY_BYTES, Keyring
 from eunoe.state_store.server_check import UnsafeRedisError, check_server
 from eunoe.state_store.servicer import SERVICE_NAME, StateStoreServicer
 from eunoe.state_store.store import StateStore
@@ -33,13 +35,24 @@ async def serve(config: StateStoreConfig) -> None:
     try:
         await check_server(storage, allow_unsafe=config.allow_unsafe_redis)
         pepper = config.api_key_pepper_file.read_bytes().strip() if config.api_key_pepper_file else b""
-        store = StateStore(Environment(storage=storage, config=config), pepper=pepper)
+        keyring = Keyring(_master_key(config.encryption_key_file))
+        store = StateStore(Environment(storage=storage, config=config, keyring=keyring), pepper=pepper)
         server = build_server(store, config)
         with serve_metrics(config.metrics_port):
             async with store.running():
                 await run_process(server, ready_file=config.ready_file)
     finally:
         await storage.close()
+
+
+def _master_key(path: Path | None) -> bytes | None:
+    """The key in a file; the error of a bad one does not show it."""
+    if path is None:
+        return None
+    try:
+        return bytes.fromhex(path.read_text().strip())
+    except ValueError:
+        raise ValueError(f"{path} does not hold {2 * KEY_BYTES} hex digits") from None
 
 
 def build_server(store: StateStore, config: StateStoreConfig) -> GrpcServer:

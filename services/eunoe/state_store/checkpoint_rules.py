@@ -65,7 +65,7 @@ def commit(
     chain = checkpoint_chain(newest_chain, manifest)
     checkpoint = owned(manifest, metadata.uid, read_to=read_to, chain=chain)
     after, freed = without_unneeded_checkpoints(replace(metadata, checkpoints=(*metadata.checkpoints, checkpoint)))
-    return Change((after,), effects=(*kept(manifest), *freed))
+    return Change((after,), effects=(*kept(manifest, metadata.wrapped_key), *freed))
 
 
 def owned(manifest: Manifest, uid: str, *, read_to: int = 0, chain: str = "") -> Manifest:
@@ -73,9 +73,12 @@ def owned(manifest: Manifest, uid: str, *, read_to: int = 0, chain: str = "") ->
     return replace(manifest, owner_uid=uid, read_to=read_to, chain=chain)
 
 
-def kept(manifest: Manifest) -> tuple[Effect, ...]:
+def kept(manifest: Manifest, wrapped_key: str) -> tuple[Effect, ...]:
     """Effects that make a manifest's staged chunks last."""
-    return (AddToTotal(Total.CHECKPOINT_BYTES, manifest.chunk_bytes), *(KeepChunk(c) for c in manifest.chunks))
+    return (
+        AddToTotal(Total.CHECKPOINT_BYTES, manifest.chunk_bytes),
+        *(KeepChunk(c, wrapped_key) for c in manifest.chunks),
+    )
 
 
 def without_unneeded_checkpoints(metadata: StreamMetadata) -> tuple[StreamMetadata, tuple[Effect, ...]]:

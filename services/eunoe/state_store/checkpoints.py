@@ -39,11 +39,13 @@ class Checkpoints:
         room_bytes = self._environment.quota(Total.CHECKPOINT_BYTES) - totals.get(Total.CHECKPOINT_BYTES, 0)
         ttl_ms = int(self._environment.config.staging_seconds * 1000)
         staged_bytes = 0
+        seal = self._environment.keyring.seal(tenant, await self._staging_key(name))
         slots = asyncio.Semaphore(_CHUNKS_IN_FLIGHT)
 
         async def write(chunk_id: str, data: bytes) -> None:
             try:
-                await self._environment.storage.stage([(keys.chunk(tenant, chunk_id), data)], ttl_ms)
+                sealed = seal.close(_chunk_identity(chunk_id), data)
+                await self._environment.storage.stage([(keys.chunk(tenant, chunk_id), sealed)], ttl_ms)
             finally:
                 slots.release()
 
@@ -109,20 +111,47 @@ class Checkpoints:
             those that were committed.
         """
         tenant, _ = keys.parse_name(name)
-        present = await self._chunks_of(tenant, name)
+        metadata = await Transaction(self._environment, tenant).stream(name)
+        present = _chunks_of(metadata)
+        seal = self._environment.keyring.seal(tenant, metadata.wrapped_key)
         for start in range(0, len(chunks), _CHUNKS_PER_READ):
             batch = chunks[start : start + _CHUNKS_PER_READ]
             values = await self._environment.storage.get([keys.chunk(tenant, chunk.chunk_id) for chunk in batch])
             if None in values:
                 # A checkpoint that went while it was read is gone, not corrupt.
-                present = await self._chunks_of(tenant, name)
-            for chunk, data in zip(batch, values, strict=True):
+                present = _chunks_of(await Transaction(self._environment, tenant).stream(name))
+            for chunk, sealed in zip(batch, values, strict=True):
                 if chunk not in present:
                     raise MissingChunk(f"the stream has no chunk {chunk.chunk_id}")
-                if data is None or len(data) != chunk.length or xxhash.xxh3_128_hexdigest(data) != chunk.digest:
+                data = b"" if sealed is None else seal.open(_chunk_identity(chunk.chunk_id), sealed)
+                if len(data) != chunk.length or xxhash.xxh3_128_hexdigest(data) != chunk.digest:
                     raise CorruptState(f"chunk {chunk.chunk_id} does not have its digest")
                 yield chunk.chunk_id, data
 
-    async def _chunks_of(self, tenant: str, name: str) -> frozenset[ChunkRef]:
-        metadata = await Transaction(self._environment, tenant).stream(name)
-        return frozenset(chunk for manifest in metadata.checkpoints for chunk in manifest.chunks)
+    async def _staging_key(self, name: str) -> str:
+        """The wrapped key of the stream; of one that is still to be imported, a key that its creation takes up."""
+        tenant, stream_id = keys.parse_name(name)
+        metadata = await Transaction(self._environment, tenant).stream_or_none(name)
+        if metadata is not None:
+            return metadata.wrapped_key
+        wrapped_key = self._environment.keyring.new_key(tenant)
+        if wrapped_key:
+            ttl_ms = int(self._environment.config.staging_seconds * 1000)
+            pending = keys.pending_key(tenant, stream_id)
+            await self._environment.storage.stage([(pending, wrapped_key.encode())], ttl_ms)
+        return await new_stream_key(self._environment, name) if wrapped_key else ""
+
+
+async def new_stream_key(environment: Environment, name: str) -> str:
+    """The wrapped key for a stream to make: the one that chunks were staged for it with, else a new one."""
+    tenant, stream_id = keys.parse_name(name)
+    (pending,) = await environment.storage.get([keys.pending_key(tenant, stream_id)])
+    return environment.keyring.new_key(tenant) if pending is None else pending.decode()
+
+
+def _chunks_of(metadata: StreamMetadata) -> frozenset[ChunkRef]:
+    return frozenset(chunk for manifest in metadata.checkpoints for chunk in manifest.chunks)
+
+
+def _chunk_identity(chunk_id: str) -> str:
+    return f"chunk {chunk_id}"

@@ -20,6 +20,8 @@ class StateStoreConfig:
     """With it, only callers with a certificate of this authority are served."""
     api_key_pepper_file: Path | None = None
     """Secret that API key hashes are keyed with; without it they are plain SHA-256 of 256 random bits."""
+    encryption_key_file: Path | None = None
+    """256 bits as 64 hex digits. With it, what new streams store is encrypted, under keys that it wraps."""
     allow_unsafe_redis: bool = False
     """Serve although Redis may lose what was acknowledged."""
     max_streams: int = 1_000

@@ -54,6 +54,7 @@ class WriteRecord:
     """Write a record of the log."""
 
     uid: str
+    wrapped_key: str
     entry: RecordEntry
     data: bytes
 
@@ -71,6 +72,7 @@ class WriteOutcome:
     """Keep what a repeated remembering call is answered."""
 
     uid: str
+    wrapped_key: str
     request_id: str
     outcome: bytes
 
@@ -80,6 +82,7 @@ class KeepChunk:
     """Require that a chunk is staged with its length, and make it last."""
 
     chunk: ChunkRef
+    wrapped_key: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -72,6 +72,11 @@ def outcome(tenant: str, uid: str, request_id: str) -> str:
     return f"{_tag(tenant)}:outcome:{uid}:{request_id}"
 
 
+def pending_key(tenant: str, stream_id: str) -> str:
+    """The wrapped key of a stream that is not there yet, while its chunks are staged."""
+    return f"{_tag(tenant)}:pending-key:{stream_id}"
+
+
 def chunk(tenant: str, chunk_id: str) -> str:
     return f"{_tag(tenant)}:chunk:{chunk_id}"
 

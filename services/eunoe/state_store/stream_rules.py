@@ -49,8 +49,14 @@ def same_request(existing: StreamMetadata, request_id: str) -> StreamMetadata:
     raise AlreadyExists(f"{existing.name} exists already")
 
 
-def create(event: Create, *, uid: str, now_ns: int) -> Change:
+def create(event: Create, *, uid: str, wrapped_key: str, now_ns: int) -> Change:
     """Make a stream where there is none of that name.
+
+    Args:
+        event: The stream.
+        uid: Of the stream.
+        wrapped_key: Of the stream, and of the chunks that were staged for it.
+        now_ns: Clock.
 
     Raises:
         InvalidRequest: If model, settings or manifest cannot work.
@@ -69,6 +75,7 @@ def create(event: Create, *, uid: str, now_ns: int) -> Change:
         create_time_ns=now_ns,
         expire_time_ns=event.expire_time_ns,
         create_request_id=event.request_id,
+        wrapped_key=wrapped_key,
     )
     effects: tuple[Effect, ...] = (AddToTotal(Total.STREAMS, 1), ListName(event.name))
     if manifest is not None:
@@ -84,7 +91,7 @@ def create(event: Create, *, uid: str, now_ns: int) -> Change:
                 owned(manifest, uid, read_to=manifest.applied_offset + MAX_READ_AHEAD_BYTES, chain=manifest.chain),
             ),
         )
-        effects += kept(manifest)
+        effects += kept(manifest, wrapped_key)
     elif event.log_start_offset:
         raise InvalidRequest("without a checkpoint a log starts at 0")
     return Change((metadata,), effects=effects)
@@ -128,6 +135,7 @@ def fork(
         create_time_ns=now_ns,
         expire_time_ns=event.expire_time_ns,
         create_request_id=event.request_id,
+        wrapped_key=parent.wrapped_key,
         own_start_offset=at,
         accepted_offset=at,
         log_chain=_chain_at(parent, at, at_entry),

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 from eunoe.runtime.errors import EunoeError, StreamNotFound
 from eunoe.state_store import keys, lease_rules, stream_rules
+from eunoe.state_store.checkpoints import new_stream_key
 from eunoe.state_store.effects import AddToTotal, Change, Effect, RemoveRecord, Total
 from eunoe.state_store.log import Logs
 from eunoe.state_store.metadata import Lease, StreamMetadata
@@ -49,7 +50,12 @@ class Streams:
             if existing is not None:
                 return stream_rules.same_request(existing, event.request_id)
             environment = self._environment
-            change = stream_rules.create(event, uid=environment.new_id(), now_ns=environment.clock_ns())
+            change = stream_rules.create(
+                event,
+                uid=environment.new_id(),
+                wrapped_key=await new_stream_key(environment, event.name),
+                now_ns=environment.clock_ns(),
+            )
             await transaction.commit(change)
             return change.records[0]
 
