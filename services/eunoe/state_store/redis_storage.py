@@ -200,20 +200,20 @@ class RedisStorage:
     async def members_after(self, key: str, after: str, limit: int) -> list[str]:
         lowest = f"({after}" if after else "-"
         members = await self._guarded(self.client.zrangebylex(key, lowest, "+", start=0, num=limit))
-        return [member.decode() for member in members]
+        return [_text(member) for member in members]
 
     async def members_by_score(self, key: str, above: int, up_to: int | None, limit: int) -> list[tuple[str, int]]:
         highest = "+inf" if up_to is None else up_to
         rows = await self._guarded(
             self.client.zrangebyscore(key, f"({above}", highest, start=0, num=limit, withscores=True)
         )
-        return [(row[0].decode(), int(row[1])) for row in rows]
+        return [(_text(row[0]), int(row[1])) for row in rows]
 
     async def highest_members(self, key: str, at_least: int, limit: int) -> list[tuple[str, int]]:
         rows = await self._guarded(
             self.client.zrevrangebyscore(key, "+inf", at_least, start=0, num=limit, withscores=True)
         )
-        return [(row[0].decode(), int(row[1])) for row in rows]
+        return [(_text(row[0]), int(row[1])) for row in rows]
 
     async def close(self) -> None:
         await self.client.aclose()
@@ -227,6 +227,11 @@ class RedisStorage:
             raise
         except (TimeoutError, RedisError, OSError) as error:
             raise _unavailable(error) from error
+
+
+def _text(member: bytes) -> str:
+    # A damaged member may be no UTF-8: whoever looks up what it names then finds nothing, or other bytes.
+    return member.decode(errors="replace")
 
 
 def _unavailable(error: BaseException) -> EunoeError:
