@@ -16,7 +16,7 @@ KEEPALIVE_OPTIONS = (
     ("grpc.http2.max_pings_without_data", 0),
 )
 
-# Chunks and records have up to 1 MiB: in HTTP/2's default frames of 16 KiB receiving them takes half as much time again.
+# Chunks and records have up to 1 MiB: in frames of 16 KiB, the default, receiving them takes half as much time again.
 FRAME_OPTIONS = (("grpc.http2.max_frame_size", MAX_MESSAGE_BYTES),)
 
 _OPTIONS = (
