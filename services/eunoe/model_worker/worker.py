@@ -38,6 +38,7 @@ logger = logging.getLogger(__name__)
 
 _SERVICE = model_worker_pb2.DESCRIPTOR.services_by_name["ModelWorkerService"].full_name
 _IDLE_PROBE_SECONDS = 5.0
+_HEALTH_SECONDS = 1.0
 
 
 class ModelWorker:
@@ -108,6 +109,7 @@ class ModelWorker:
             asyncio.create_task(self._ownership.renew_forever(config.renew_seconds, self._is_able), name="renew"),
             asyncio.create_task(sweep.run_forever(config.sweep_seconds), name="sweep"),
             asyncio.create_task(self._probe_when_idle(), name="probe"),
+            asyncio.create_task(self._report_health(), name="health"),
         ]
         logger.info("the worker serves", extra={"model": config.model_name, "address": self.address})
 
@@ -261,6 +263,12 @@ class ModelWorker:
 
         if not await parts.engine.call(infer):
             raise ValueError(f"the model in {self.config.model_path} computes no finite numbers")
+
+    async def _report_health(self) -> None:
+        """What the health service answers is whether work goes forward, not whether somebody listens."""
+        while True:
+            await asyncio.sleep(_HEALTH_SECONDS)
+            await self._server.set_serving(self._is_able())
 
     async def _probe_when_idle(self) -> None:
         while True:

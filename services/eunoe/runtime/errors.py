@@ -9,7 +9,7 @@
   + AlreadyExists            ALREADY_EXISTS
   + OffsetGap                OUT_OF_RANGE          the record starts above the accepted offset
   + FailedPrecondition       FAILED_PRECONDITION   true input, wrong state
-  |   + ContentMismatch, CarryOpen, OffsetUnavailable, ModelMismatch, MissingChunk
+  |   + ContentMismatch, CarryOpen, OffsetUnavailable, ModelMismatch, MissingChunk, FoldFailed
   + Conflict                 ABORTED               somebody else was first: look again
   |   + NotOwner, LeaseLost, VersionConflict
   + Overloaded               RESOURCE_EXHAUSTED    retry after `retry_after_seconds`
@@ -204,6 +204,13 @@ class ModelMismatch(FailedPrecondition):
 @dataclass(eq=False)
 class MissingChunk(FailedPrecondition):
     """A commit names a chunk that is not staged (any more): stage it again."""
+
+
+@dataclass(eq=False)
+class FoldFailed(FailedPrecondition):
+    """The stream's log broke its worker's fold; the worker tries again after `retry_after_seconds`, not before."""
+
+    retry_after_seconds: float = field(default=1.0, kw_only=True)
 
 
 @dataclass(eq=False)
