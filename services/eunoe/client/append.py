@@ -1,6 +1,7 @@
 """Appending a source to a stream, through broken connections and beside other writers."""
 
 import asyncio
+import logging
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,12 +16,15 @@ from eunoe.client.source import Source
 from eunoe.runtime.errors import (
     AlreadyExists,
     ContentMismatch,
+    CorruptState,
     EunoeError,
     OffsetGap,
     StateLost,
     Unavailable,
     from_status,
 )
+
+logger = logging.getLogger(__name__)
 
 MAX_RECORDS_IN_FLIGHT = 8
 
@@ -90,6 +94,9 @@ class Append:
         self._accepted_offset = self._applied_offset = self._folded_offset = 0
         self._source_bytes_accepted = 0
         self._num_calls = 0
+        # The newest place of the log that the server told, presented at every new call.
+        self._seen: api.LogMark | None = None
+        self._is_rolled_back = False
 
     async def run(self) -> api.Stream | None:
         """Send everything; returns the stream as it stood at the end, if it was to finish.
@@ -106,15 +113,27 @@ class Append:
             except _OpenAgain:
                 await backoff.wait(Unavailable("other writers came first again and again"))
             except grpc.RpcError as rpc_error:
-                await backoff.wait(error_of(rpc_error))
+                await self._recover(error_of(rpc_error), backoff)
             except EunoeError as error:
-                await backoff.wait(error)
+                await self._recover(error, backoff)
+
+    async def _recover(self, error: EunoeError, backoff: Backoff) -> None:
+        """Wait for the next call, or raise `error` if there is none that could help."""
+        if not isinstance(error, StateLost) or isinstance(error, CorruptState) or self._seen is None:
+            await backoff.wait(error)
+            return
+        if not (self._source_id and self._source.can_go_back):
+            raise error
+        logger.warning("the server lost acknowledged bytes: sending them again", extra={"problem": str(error)})
+        self._seen, self._is_rolled_back = None, True
+        await backoff.wait(Unavailable(error.message))
 
     async def _call_once(self, backoff: Backoff) -> api.Stream | None:
         call = self._connection.stub.Append(metadata=self._connection.metadata)
         self._num_calls += 1
         try:
-            await call.write(api.AppendRequest(open=api.AppendOpen(stream=self._stream, source_id=self._source_id)))
+            opening = api.AppendOpen(stream=self._stream, source_id=self._source_id, seen=self._seen)
+            await call.write(api.AppendRequest(open=opening))
             async with asyncio.timeout(UNARY_TIMEOUT_SECONDS):
                 response = await call.read()
             if response is grpc.aio.EOF:
@@ -139,14 +158,10 @@ class Append:
 
     async def _go_on_from(self, opened: api.AppendOpened) -> None:
         """Drop what turns out to be accepted, and place what is left behind the log's end."""
-        lost_from = opened.stream.accepted_offset
-        was_rolled_back = lost_from < self._accepted_offset
-        if was_rolled_back and not (self._source_id and self._source.can_go_back):
-            raise StateLost("the server lost acknowledged bytes; append from there on again", lost_from=lost_from)
         if self._source_id:
             accepted = opened.source_bytes_accepted
             # Less than was acknowledged without a rollback: eight other sources came between, and it is forgotten.
-            if accepted >= self._source_bytes_accepted or was_rolled_back:
+            if accepted >= self._source_bytes_accepted or self._is_rolled_back:
                 while self._unacknowledged and self._unacknowledged[0].position < accepted:
                     self._unacknowledged.popleft()
                 first_unsent = self._unacknowledged[0].position if self._unacknowledged else self._source.position
@@ -154,7 +169,9 @@ class Append:
                     self._unacknowledged.clear()
                     await self._source.move(accepted)
                 self._source_bytes_accepted = accepted
+                self._is_rolled_back = False
         self._next_offset = opened.stream.accepted_offset
+        self._seen = api.LogMark(offset=opened.stream.accepted_offset, chain=opened.stream.log_chain)
         self._note(opened.stream.accepted_offset, opened.stream.applied_offset)
 
     async def _send(self, call: _Call) -> None:
@@ -217,6 +234,8 @@ class Append:
     def _take_verdict(self, verdict: api.AppendVerdict) -> None:
         assert self._unacknowledged, "a verdict without a record"
         record = self._unacknowledged[0]
+        if verdict.log_chain:
+            self._seen = api.LogMark(offset=verdict.accepted_offset, chain=verdict.log_chain)
         if verdict.status.code:
             error = from_status(verdict.status)
             is_known_to_be_there = isinstance(error, AlreadyExists) and not self._source_id

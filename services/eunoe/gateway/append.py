@@ -53,6 +53,7 @@ class AppendCall:
         tenant: Whose call it is.
         name: The stream's full name.
         source_id: Where the records come from; may be empty.
+        seen: The newest mark of the log that the client has seen; None checks nothing.
         window_bytes: Largest accepted - applied at which the call is still read.
         is_draining: Whether this gateway wants its long calls to end.
     """
@@ -67,6 +68,7 @@ class AppendCall:
         tenant: str,
         name: str,
         source_id: str,
+        seen: api.LogMark | None,
         window_bytes: int,
         is_draining: Callable[[], bool],
     ) -> None:
@@ -79,6 +81,7 @@ class AppendCall:
         self._tenant = tenant
         self._name = name
         self._source_id = source_id
+        self._seen = seen
         self._window_bytes = window_bytes
         self._is_draining = is_draining
         self._model = ""
@@ -92,6 +95,7 @@ class AppendCall:
 
         Raises:
             CarryAtFinish: If `finish` comes while a character is cut.
+            StateLost: If the log is not the one any more that the client, or this call, has seen.
             EunoeError: What ends the call; records that got their verdict stay durable.
         """
         yield await self._opened()
@@ -127,8 +131,10 @@ class AppendCall:
             await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def _opened(self) -> api.AppendResponse:
-        answer = await self._store.get_stream(store_pb.GetStreamRequest(name=self._name, source_id=self._source_id))
+        request = store_pb.GetStreamRequest(name=self._name, source_id=self._source_id, seen=self._seen)
+        answer = await self._store.get_stream(request)
         stream = answer.record.stream
+        self._seen = api.LogMark(offset=stream.accepted_offset, chain=stream.log_chain)
         self._model = stream.model
         self._follower.note(accepted=stream.accepted_offset, applied=stream.applied_offset)
         return api.AppendResponse(
@@ -144,7 +150,9 @@ class AppendCall:
             await self._check(record)
             answer = await self._append(record)
             self._follower.note(accepted=answer.accepted_offset, applied=answer.applied_offset)
+            self._seen = api.LogMark(offset=answer.accepted_offset, chain=answer.log_chain)
             verdict.accepted_offset = answer.accepted_offset
+            verdict.log_chain = answer.log_chain
             if answer.already_exists:
                 verdict.unchecked = answer.unchecked
                 verdict.status.CopyFrom(AlreadyExists("these bytes are in the log already").to_status())
@@ -174,6 +182,7 @@ class AppendCall:
             kind=record.kind or api.RECORD_KIND_TEXT,
             source_id=self._source_id,
             source_offset=record.source_offset if record.HasField("source_offset") else None,
+            after_chain=self._seen.chain if self._seen is not None and self._seen.offset == record.offset else b"",
         )
         while True:
             try:
@@ -198,7 +207,8 @@ class AppendCall:
         return await self._read_stream()
 
     async def _read_stream(self) -> api.Stream:
-        stream = (await self._store.get_stream(store_pb.GetStreamRequest(name=self._name))).record.stream
+        request = store_pb.GetStreamRequest(name=self._name, seen=self._seen)
+        stream = (await self._store.get_stream(request)).record.stream
         self._follower.note(accepted=stream.accepted_offset, applied=stream.applied_offset)
         return stream
 

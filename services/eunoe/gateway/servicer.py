@@ -98,6 +98,7 @@ class LongContextServicer(long_context_pb2_grpc.LongContextServiceServicer):
             tenant=tenant,
             name=resolved(first.open.stream, tenant),
             source_id=first.open.source_id,
+            seen=first.open.seen if first.open.HasField("seen") else None,
             window_bytes=self._window_bytes,
             is_draining=self._is_draining,
         )

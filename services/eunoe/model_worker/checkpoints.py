@@ -55,15 +55,18 @@ class Checkpoints:
 
         return await self._engine.call(decoded)
 
-    async def commit(self, name: str, lease: pb.Lease, snapshot: Snapshot, version: int) -> pb.StreamRecord:
-        """Stage the chunks and commit the manifest as `version`; returns the stream after it.
+    async def commit(self, name: str, lease: pb.Lease, snapshot: Snapshot, parent: pb.Manifest) -> pb.StreamRecord:
+        """Stage the chunks and commit the manifest as the successor of `parent`; returns the stream after it.
 
         Raises:
             LeaseLost, VersionConflict: If another worker took the stream.
+            StateLost: If the store was rolled back behind what the state was folded from.
             Unavailable: If the state store cannot be reached.
         """
-        snapshot.manifest.version = version
-        request = pb.CommitCheckpointRequest(name=name, lease=lease, manifest=snapshot.manifest)
+        snapshot.manifest.version = parent.version + 1
+        request = pb.CommitCheckpointRequest(
+            name=name, lease=lease, manifest=snapshot.manifest, read=snapshot.read, parent_chain=parent.chain
+        )
         for num_stagings in range(1, _MAX_STAGINGS + 1):
             await self._store.stage_chunks(name, snapshot.chunks)
             try:

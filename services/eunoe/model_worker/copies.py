@@ -5,11 +5,10 @@ from collections.abc import AsyncIterator
 from typing import Any, Generic, TypeVar
 
 from eunoe.api.v1 import long_context_pb2 as api
-from eunoe.internal.v1 import state_store_pb2 as pb
 from eunoe.model_worker.engine import Job
 from eunoe.model_worker.fold import EphemeralCopy, StreamFold
 from eunoe.model_worker.stream import OwnedStream, WorkerParts, is_done_in_a_second
-from eunoe.runtime.errors import CarryOpen, NotOwner
+from eunoe.runtime.errors import CarryOpen
 
 T = TypeVar("T")
 
@@ -59,6 +58,7 @@ class BorrowedCopy:
         Raises:
             Overloaded: If the copy does not fit in memory.
             CarryOpen: See `needs_whole_text`.
+            NotOwner: If the stream is not this worker's any more, or its memory not that of its log.
         """
         fold = await self._stream.load()
         await self._parts.admission.reserve(fold.resident_bytes)
@@ -67,11 +67,7 @@ class BorrowedCopy:
             self._future = asyncio.ensure_future(self._stream.committed_copy())
             await self._future
             return
-        request = pb.GetStreamRequest(name=self._stream.name)
-        record = (await self._parts.store.get_stream(request)).record
-        if not self._stream.is_of(record):
-            self._stream.fail(NotOwner(f"{self._stream.name} was taken by another worker"))
-        now = record.stream
+        now = await self._stream.confirmed()
         if needs_whole_text and now.carry_bytes:
             raise CarryOpen("the log ends inside a character", carry_bytes=now.carry_bytes)
         self._future = await self._stream.reach(now.accepted_offset, StreamFold.accepted_copy)

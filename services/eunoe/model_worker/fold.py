@@ -56,10 +56,15 @@ class EphemeralCopy:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Snapshot:
-    """A memory state ready to be committed: the manifest lacks nothing but its version."""
+    """A memory state ready to be committed: the manifest lacks nothing but its version.
+
+    Attributes:
+        read: Where the reading of the log ends that the state was folded from; None if nothing was read.
+    """
 
     manifest: pb.Manifest
     chunks: list[tuple[str, bytes]]
+    read: api.LogMark | None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -106,6 +111,8 @@ class StreamFold:
         # Where the loop goes on reading the log: what was offered ends here.
         self.read_offset: int = self._log.next_offset
         self.fed_offset: int = self._log.next_offset
+        # ... and so does this mark, by which the store knows whether it still has the log that was read.
+        self.read_mark: api.LogMark | None = None
         self.num_tokens: int = state.num_tokens
         self.num_committed_tokens: int = state.num_tokens
         self.folded_offset: int = manifest.applied_offset
@@ -145,6 +152,7 @@ class StreamFold:
         for start in range(0, len(record.data), FEED_BYTES):
             self._offered.append((record.data[start : start + FEED_BYTES], kind))
         self.read_offset += len(record.data)
+        self.read_mark = api.LogMark(offset=self.read_offset, chain=record.chain)
 
     def at_offset(self, offset: int, action: Callable[[], None]) -> None:
         """Have `action` called on the engine thread once all below `offset` is taken in and no full segment is left."""
@@ -185,7 +193,7 @@ class StreamFold:
                 for chunk_id, data in chunks
             ],
         )
-        return Snapshot(manifest, chunks)
+        return Snapshot(manifest, chunks, self.read_mark)
 
     def boundary_copy(self) -> EphemeralCopy:
         """A copy of the state as it stands, without what fills no segment yet."""

@@ -23,7 +23,7 @@ from eunoe.model_worker.config import WorkerConfig
 from eunoe.model_worker.engine import Engine
 from eunoe.model_worker.fold import EphemeralCopy, StreamFold
 from eunoe.model_worker.memory import Admission
-from eunoe.runtime.errors import Conflict, DeadlineTooShort, EunoeError, NotOwner, Unavailable
+from eunoe.runtime.errors import Conflict, DeadlineTooShort, EunoeError, NotOwner, StateLost, Unavailable
 
 logger = logging.getLogger(__name__)
 
@@ -157,6 +157,27 @@ class OwnedStream:
         if self._fold is None and self._background_load is None:
             self._background_load = asyncio.create_task(self._load_in_background())
 
+    async def confirmed(self) -> api.Stream:
+        """The stream as the state store has it now; its memory here is of that past.
+
+        Raises:
+            NotOwner: If another worker took the stream, it was deleted and made anew, or the store was rolled back. The
+                stream has failed here then.
+        """
+        known, mark = self._record.manifest, None if self._fold is None else self._fold.read_mark
+        try:
+            request = pb.GetStreamRequest(name=self.name, seen=mark)
+            record = (await self._parts.store.get_stream(request)).record
+        except StateLost as error:
+            raise self._lost(error) from error
+        if not self.is_of(record):
+            raise self._lost("another worker took it")
+        # A newer one than is known here is this worker's own, whose answer is still on its way.
+        found = record.manifest
+        if found.version < known.version or (found.version == known.version and found.chain != known.chain):
+            raise self._lost("its checkpoints were rolled back")
+        return record.stream
+
     async def reach(self, offset: int, make: Callable[[StreamFold], T]) -> "asyncio.Future[T]":
         """A future of what `make` returns on the engine thread once all full segments below `offset` are folded."""
         fold = await self.load()
@@ -257,6 +278,12 @@ class OwnedStream:
         self._release_memory()
         self._on_gone(self, error)
 
+    def _lost(self, reason: object) -> NotOwner:
+        """Give the stream up, and the error that says so."""
+        error = NotOwner(f"{self.name} is not held here any more: {reason}")
+        self.fail(error)
+        return error
+
     async def _load_state(self) -> MemoryState:
         parts = self._parts
         if self._record.HasField("manifest"):
@@ -275,6 +302,7 @@ class OwnedStream:
         )
 
     async def _flush(self, offset: int) -> None:
+        await self.confirmed()
         reached = await self.reach(offset, lambda fold: fold.num_tokens)
         await self.commit(await reached)
 
@@ -329,15 +357,13 @@ class OwnedStream:
 
     async def _commit_once(self, fold: StreamFold) -> None:
         start = time.monotonic()
-        version = self._record.manifest.version + 1
         snapshot = await self._parts.engine.call(fold.snapshot)
         try:
-            self._record = await self._parts.checkpoints.commit(self.name, self.lease, snapshot, version)
-        except Conflict as error:
-            metrics.COMMITS.labels("lease_lost").inc()
-            lost = NotOwner(f"{self.name} was taken by another worker: {error}")
-            self.fail(lost)
-            raise lost from error
+            self._record = await self._parts.checkpoints.commit(self.name, self.lease, snapshot, self._record.manifest)
+        except (Conflict, StateLost) as error:
+            # Another worker's now, or computed from a past that the store has lost: the next owner loads what is there.
+            metrics.COMMITS.labels("lease_lost" if isinstance(error, Conflict) else "rolled_back").inc()
+            raise self._lost(error) from error
         except EunoeError as error:
             if not isinstance(error, Unavailable | DeadlineTooShort):
                 self.fail(error)

@@ -2,7 +2,8 @@
 
 from dataclasses import replace
 
-from eunoe.runtime.errors import InvalidRequest, ModelMismatch, VersionConflict
+from eunoe.runtime.errors import InvalidRequest, ModelMismatch, StateLost, VersionConflict
+from eunoe.state_store.chains import checkpoint_chain
 from eunoe.state_store.effects import AddToTotal, Change, Effect, KeepChunk, RemoveChunk, Total
 from eunoe.state_store.lease_rules import check_fence
 from eunoe.state_store.metadata import Manifest, StreamMetadata
@@ -15,22 +16,39 @@ MAX_DECISIONS = 1024
 MAX_READ_AHEAD_BYTES = 4099
 
 
-def commit(metadata: StreamMetadata, manifest: Manifest, fence: tuple[str, int]) -> Change:
+def commit(
+    metadata: StreamMetadata, manifest: Manifest, fence: tuple[str, int], *, parent_chain: str | None = None
+) -> Change:
     """Make `manifest` the stream's newest checkpoint; empty if it already is one of the retained.
+
+    Args:
+        metadata: The stream.
+        manifest: As its worker describes it.
+        fence: The lease that it was computed under.
+        parent_chain: Of the checkpoint before it, as the worker has seen it; None is not compared.
 
     Raises:
         LeaseLost, VersionConflict, ModelMismatch, InvalidRequest.
+        StateLost: If the worker has seen commits that are gone.
     """
-    if any(replace(c, read_to=0) == owned(manifest, metadata.uid) for c in metadata.retained):
+    if any(replace(c, read_to=0, chain="") == owned(manifest, metadata.uid) for c in metadata.retained):
         return Change()
     check_fence(metadata, fence)
-    if manifest.version != metadata.version + 1:
+    newest = metadata.newest
+    newest_chain = "" if newest is None else newest.chain
+    num_ahead = manifest.version - metadata.version
+    if parent_chain is not None and (num_ahead > 1 or (num_ahead == 1 and parent_chain != newest_chain)):
+        raise StateLost(
+            f"the store was rolled back: {manifest.version - 1} commits had been acknowledged, and the "
+            f"{metadata.version} that it has are not the same",
+            lost_from=metadata.applied_offset,
+        )
+    if num_ahead != 1:
         raise VersionConflict(
             f"the newest checkpoint has version {metadata.version}; {manifest.version} does not follow",
             version=metadata.version,
         )
     check_manifest(manifest)
-    newest = metadata.newest
     if newest is not None and newest.model_digest != manifest.model_digest:
         raise ModelMismatch(
             "the state was computed with other weights", expected=newest.model_digest, found=manifest.model_digest
@@ -44,14 +62,15 @@ def commit(metadata: StreamMetadata, manifest: Manifest, fence: tuple[str, int])
         raise InvalidRequest(f"{manifest.tokens} tokens are fewer than the {newest.tokens} of the newest checkpoint")
     read_ahead_bytes = MAX_READ_AHEAD_BYTES if manifest.tokens else 0
     read_to = min(metadata.accepted_offset, manifest.applied_offset + read_ahead_bytes)
-    checkpoint = owned(manifest, metadata.uid, read_to=read_to)
+    chain = checkpoint_chain(newest_chain, manifest)
+    checkpoint = owned(manifest, metadata.uid, read_to=read_to, chain=chain)
     after, freed = without_unneeded_checkpoints(replace(metadata, checkpoints=(*metadata.checkpoints, checkpoint)))
     return Change((after,), effects=(*kept(manifest), *freed))
 
 
-def owned(manifest: Manifest, uid: str, *, read_to: int = 0) -> Manifest:
+def owned(manifest: Manifest, uid: str, *, read_to: int = 0, chain: str = "") -> Manifest:
     """A worker's manifest with the store's own facts."""
-    return replace(manifest, owner_uid=uid, read_to=read_to)
+    return replace(manifest, owner_uid=uid, read_to=read_to, chain=chain)
 
 
 def kept(manifest: Manifest) -> tuple[Effect, ...]:

@@ -7,8 +7,10 @@ import xxhash
 
 from eunoe.runtime.errors import CorruptState, InvalidRequest, MissingChunk, QuotaExceeded
 from eunoe.state_store import checkpoint_rules, keys
+from eunoe.state_store.chains import LogMark
 from eunoe.state_store.checkpoint_rules import MAX_CHUNK_BYTES
 from eunoe.state_store.effects import Total
+from eunoe.state_store.log import Logs
 from eunoe.state_store.metadata import ChunkRef, Manifest, StreamMetadata
 from eunoe.state_store.transactions import Environment, Transaction, transact
 
@@ -20,8 +22,9 @@ _CHUNKS_PER_READ = 2
 class Checkpoints:
     """The checkpoints of all streams."""
 
-    def __init__(self, environment: Environment) -> None:
+    def __init__(self, environment: Environment, logs: Logs) -> None:
         self._environment = environment
+        self._logs = logs
 
     async def stage(self, name: str, chunks: AsyncIterable[tuple[str, bytes]]) -> int:
         """Stage (chunk id, bytes) pairs until a commit or the end of their time, and return how many bytes they have.
@@ -65,16 +68,34 @@ class Checkpoints:
             await asyncio.gather(*tasks, return_exceptions=True)
         return staged_bytes
 
-    async def commit(self, name: str, manifest: Manifest, fence: tuple[str, int]) -> StreamMetadata:
+    async def commit(
+        self,
+        name: str,
+        manifest: Manifest,
+        fence: tuple[str, int],
+        *,
+        parent_chain: str | None = None,
+        read: LogMark | None = None,
+    ) -> StreamMetadata:
         """Make a manifest the stream's newest checkpoint; repeating it is harmless.
 
+        Args:
+            name: The stream.
+            manifest: As its worker describes it, the chunks staged.
+            fence: The lease that it was computed under.
+            parent_chain: As in `checkpoint_rules.commit`.
+            read: Where the worker's reading of the log ends.
+
         Raises:
-            StreamNotFound, MissingChunk, QuotaExceeded; as `checkpoint_rules.commit`.
+            StreamNotFound, MissingChunk, QuotaExceeded; StateLost if the worker has read what the log does not have;
+            as `checkpoint_rules.commit`.
         """
 
         async def decide(transaction: Transaction) -> StreamMetadata:
             metadata = await transaction.stream(name)
-            change = checkpoint_rules.commit(metadata, manifest, fence)
+            change = checkpoint_rules.commit(metadata, manifest, fence, parent_chain=parent_chain)
+            if read is not None and change.records:
+                await self._logs.check_seen(metadata, read)
             await transaction.commit(change)
             return (change.records or (metadata,))[0]
 

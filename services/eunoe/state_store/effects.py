@@ -38,12 +38,15 @@ class UnlistName:
 
 @dataclass(frozen=True, slots=True)
 class RecordEntry:
-    """A record of the log without its bytes: [start, end), its RecordKind, and the cut character's bytes at its end."""
+    """A record of the log without its bytes: [start, end), its RecordKind, and at its end the cut character's bytes and
+    the log's chain.
+    """
 
     start: int
     end: int
     kind: int
     carry_bytes: int
+    chain: str
 
 
 @dataclass(frozen=True, slots=True)

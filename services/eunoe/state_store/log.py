@@ -2,8 +2,9 @@
 
 from collections.abc import AsyncIterator
 
-from eunoe.runtime.errors import CorruptState, OutcomeNotFound, StreamNotFound
+from eunoe.runtime.errors import CorruptState, OutcomeNotFound, StateLost, StreamNotFound
 from eunoe.state_store import keys, log_rules
+from eunoe.state_store.chains import LogMark
 from eunoe.state_store.effects import RecordEntry
 from eunoe.state_store.log_rules import Append, Appended, LogPiece
 from eunoe.state_store.metadata import StreamMetadata
@@ -73,6 +74,27 @@ class Logs:
             log_rules.check_readable(newer, error.lost_from)
             raise
 
+    async def check_seen(self, metadata: StreamMetadata, seen: LogMark) -> None:
+        """Refuse to go on with somebody who has seen a record that the log does not have.
+
+        Raises:
+            StateLost.
+        """
+        tenant, _ = keys.parse_name(metadata.name)
+        while True:
+            at_entry = None
+            if metadata.log_start_offset < seen.offset < metadata.accepted_offset:
+                at_entry = await self.record_ending_at(tenant, metadata, seen.offset)
+            try:
+                log_rules.check_seen(metadata, seen, at_entry)
+                return
+            except StateLost:
+                # Trimmed between the two reads? Then it cannot be checked any more, and nothing is lost.
+                newer = await Transaction(self._environment, tenant).stream(metadata.name)
+                if newer.uid != metadata.uid or newer.log_start_offset == metadata.log_start_offset:
+                    raise
+                metadata = newer
+
     async def outcome(self, name: str, request_id: str) -> bytes:
         """What became of a remembering call.
 
@@ -116,7 +138,7 @@ class Logs:
                 for entry, value in zip(batch, values, strict=True):
                     if value is None or len(value) != entry.end - entry.start or entry.start > offset:
                         raise _lost(offset)
-                    yield LogPiece(offset, value[offset - entry.start :], entry.kind)
+                    yield LogPiece(offset, value[offset - entry.start :], entry.kind, entry.chain)
                     offset = entry.end
 
 
@@ -133,7 +155,7 @@ def _batches(entries: list[RecordEntry]) -> list[list[RecordEntry]]:
 
 
 def _cut(piece: LogPiece, end: int) -> LogPiece:
-    return LogPiece(piece.offset, piece.data[: end - piece.offset], piece.kind)
+    return LogPiece(piece.offset, piece.data[: end - piece.offset], piece.kind, piece.chain)
 
 
 def _lost(offset: int) -> CorruptState:

@@ -11,7 +11,9 @@ from eunoe.runtime.errors import (
     OffsetUnavailable,
     Overloaded,
     RecordTooLarge,
+    StateLost,
 )
+from eunoe.state_store.chains import LogMark, record_chain
 from eunoe.state_store.effects import AddToTotal, Change, Effect, RecordEntry, Total, WriteOutcome, WriteRecord
 from eunoe.state_store.metadata import Reference, StreamMetadata
 from eunoe.state_store.text_carry import carry_after
@@ -24,13 +26,16 @@ KIND_TOKEN_IDS = 2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Append:
-    """One record to append. `source_offset` is None where the caller does not order by source."""
+    """One record to append. `source_offset` is None where the caller does not order by source, `after_chain` is ""
+    where the caller has not seen the log's chain at `offset`.
+    """
 
     offset: int
     data: bytes
     kind: int = KIND_TEXT
     source_id: str = ""
     source_offset: int | None = None
+    after_chain: str = ""
     request_id: str = ""
     outcome: bytes = b""
 
@@ -41,11 +46,12 @@ class Append:
 
 @dataclass(frozen=True, slots=True)
 class LogPiece:
-    """Bytes of one record of the log, from `offset` on."""
+    """Bytes of one record of the log, from `offset` to its end, where the log's chain is `chain`."""
 
     offset: int
     data: bytes
     kind: int
+    chain: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +109,7 @@ def append(
         max_backlog_bytes: Most that accepted - applied may grow to.
 
     Raises:
-        OffsetGap, ContentMismatch, CarryOpen, InvalidUtf8, Overloaded; as `check_append`.
+        OffsetGap, ContentMismatch, CarryOpen, InvalidUtf8, Overloaded, StateLost; as `check_append`.
     """
     check_append(event)
     if has_outcome:
@@ -115,6 +121,8 @@ def append(
         )
     if event.offset < metadata.accepted_offset:
         return _compared(metadata, event, overlapping)
+    if event.after_chain and event.after_chain != metadata.log_chain:
+        raise _rolled_back(metadata, event.offset)
     _check_source(metadata, event)
     if event.end - metadata.applied_offset > max_backlog_bytes:
         raise Overloaded(f"more than {max_backlog_bytes} bytes wait to be taken in by the memory")
@@ -126,11 +134,12 @@ def append(
         )
     else:
         carry = b""
-    after = replace(metadata, accepted_offset=event.end, carry=carry)
+    chain = record_chain(metadata.log_chain, event.offset, event.kind, event.data)
+    after = replace(metadata, accepted_offset=event.end, carry=carry, log_chain=chain)
     if event.source_id:
         start = metadata.bytes_of_source(event.source_id) if event.source_offset is None else event.source_offset
         after = after.with_source(event.source_id, start + len(event.data))
-    entry = RecordEntry(event.offset, event.end, event.kind, len(carry))
+    entry = RecordEntry(event.offset, event.end, event.kind, len(carry), chain)
     effects: list[Effect] = [
         AddToTotal(Total.LOG_BYTES, len(event.data)),
         WriteRecord(metadata.uid, entry, event.data),
@@ -162,6 +171,37 @@ def _check_source(metadata: StreamMetadata, event: Append) -> None:
             f"{known} bytes of the source are accepted, the record starts at {event.source_offset} of it",
             expected_offset=metadata.accepted_offset,
         )
+
+
+def check_seen(metadata: StreamMetadata, seen: LogMark, at_entry: RecordEntry | None) -> None:
+    """Refuse to go on with somebody who has seen a record that the log does not have.
+
+    A mark at or below the log's start cannot be checked: its record is trimmed.
+
+    Args:
+        metadata: The stream.
+        seen: The newest mark of the caller.
+        at_entry: The log's record that ends at the mark, if there is one.
+
+    Raises:
+        StateLost: With where the log ends, or where it starts if other records have come since.
+    """
+    if seen.offset == metadata.accepted_offset:
+        is_there = seen.chain == metadata.log_chain
+    elif seen.offset > metadata.log_start_offset:
+        is_there = at_entry is not None and seen.chain == at_entry.chain
+    else:
+        is_there = True
+    if not is_there:
+        raise _rolled_back(metadata, seen.offset)
+
+
+def _rolled_back(metadata: StreamMetadata, seen_offset: int) -> StateLost:
+    end = metadata.accepted_offset
+    return StateLost(
+        f"the log was rolled back: {seen_offset} bytes had been acknowledged, and what ends at {end} are not the same",
+        lost_from=end if end < seen_offset else metadata.log_start_offset,
+    )
 
 
 def check_readable(metadata: StreamMetadata, offset: int) -> None:

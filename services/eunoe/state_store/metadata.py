@@ -95,6 +95,8 @@ class Manifest:
         owner_uid: Whose storage holds the chunks: a fork begins with another stream's.
         read_to: No byte at or above this offset had a part in the state. The fold reads ahead of its applied offset:
             what ends a pre-token lies behind it.
+        chain: Over all commits up to this one, hex.
+        unknown: Fields that a later version wrote, JSON; kept for it.
     """
 
     encoding_version: int
@@ -109,6 +111,8 @@ class Manifest:
     chunks: tuple[ChunkRef, ...]
     owner_uid: str = ""
     read_to: int = 0
+    chain: str = ""
+    unknown: str = ""
 
     @property
     def chunk_bytes(self) -> int:
@@ -126,8 +130,10 @@ class StreamMetadata:
         start_version: 0, or the version of the checkpoint that a fork or an import began with.
         checkpoints: Manifests by version: the retained ones, before them those that only forks still need.
         carry: Bytes at the log's end that begin a cut character, 0 to 3.
+        log_chain: Over all records up to the accepted offset, hex; "" before the first.
         epoch: Of the newest lease that there ever was.
         is_deleted: Only what forks need is left; the name is free.
+        unknown: Fields that a later version wrote, JSON; kept for it.
     """
 
     name: str
@@ -140,6 +146,7 @@ class StreamMetadata:
     own_start_offset: int = 0
     start_version: int = 0
     accepted_offset: int = 0
+    log_chain: str = ""
     carry: bytes = b""
     sources: tuple[Source, ...] = ()
     epoch: int = 0
@@ -148,6 +155,7 @@ class StreamMetadata:
     holds: tuple[Hold, ...] = ()
     references: tuple[Reference, ...] = ()
     is_deleted: bool = False
+    unknown: str = ""
 
     @property
     def version(self) -> int:

@@ -18,6 +18,7 @@ from eunoe.state_store.translation import (
     chunk_from_proto,
     lease_to_proto,
     manifest_from_proto,
+    mark_from_proto,
     record_to_proto,
     settings_from_proto,
     stream_to_proto,
@@ -50,6 +51,8 @@ class StateStoreServicer(StateStoreServiceServicer):
 
     async def GetStream(self, request: pb.GetStreamRequest, context: Any) -> pb.GetStreamResponse:
         metadata = await self._store.streams.get(request.name)
+        if request.HasField("seen"):
+            await self._store.logs.check_seen(metadata, mark_from_proto(request.seen))
         return pb.GetStreamResponse(
             record=record_to_proto(metadata), source_bytes_accepted=metadata.bytes_of_source(request.source_id)
         )
@@ -93,6 +96,7 @@ class StateStoreServicer(StateStoreServiceServicer):
             kind=request.kind or api.RECORD_KIND_TEXT,
             source_id=request.source_id,
             source_offset=request.source_offset if request.HasField("source_offset") else None,
+            after_chain=request.after_chain.hex(),
             request_id=request.request_id,
             outcome=request.outcome,
         )
@@ -104,11 +108,17 @@ class StateStoreServicer(StateStoreServiceServicer):
             already_exists=appended.already_exists,
             unchecked=appended.unchecked,
             lease=None if metadata.lease is None else lease_to_proto(metadata.lease),
+            log_chain=bytes.fromhex(metadata.log_chain),
         )
 
     async def ReadLog(self, request: pb.ReadLogRequest, context: Any) -> AsyncIterator[pb.ReadLogResponse]:
         async for piece in self._store.logs.read(request.name, request.offset, request.max_bytes):
-            yield pb.ReadLogResponse(offset=piece.offset, data=piece.data, kind=api.RecordKind.Name(piece.kind))
+            yield pb.ReadLogResponse(
+                offset=piece.offset,
+                data=piece.data,
+                kind=api.RecordKind.Name(piece.kind),
+                chain=bytes.fromhex(piece.chain),
+            )
 
     async def GetOutcome(self, request: pb.GetOutcomeRequest, context: Any) -> pb.GetOutcomeResponse:
         return pb.GetOutcomeResponse(outcome=await self._store.logs.outcome(request.name, request.request_id))
@@ -158,7 +168,13 @@ class StateStoreServicer(StateStoreServiceServicer):
 
     async def CommitCheckpoint(self, request: pb.CommitCheckpointRequest, context: Any) -> pb.CommitCheckpointResponse:
         manifest = manifest_from_proto(request.manifest)
-        metadata = await self._store.commit(request.name, manifest, _fence(request.lease))
+        metadata = await self._store.commit(
+            request.name,
+            manifest,
+            _fence(request.lease),
+            parent_chain=request.parent_chain.hex() if request.HasField("parent_chain") else None,
+            read=mark_from_proto(request.read) if request.HasField("read") else None,
+        )
         return pb.CommitCheckpointResponse(record=record_to_proto(metadata))
 
     async def ReadChunks(self, request: pb.ReadChunksRequest, context: Any) -> AsyncIterator[pb.ReadChunksResponse]:

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from eunoe.runtime.errors import Unavailable
 from eunoe.state_store import keys
 from eunoe.state_store.api_keys import ApiKeys
+from eunoe.state_store.chains import LogMark
 from eunoe.state_store.checkpoints import Checkpoints
 from eunoe.state_store.effects import Total
 from eunoe.state_store.log import Logs
@@ -31,7 +32,7 @@ class StateStore:
     def __init__(self, environment: Environment, *, pepper: bytes = b"") -> None:
         self.environment = environment
         self.logs = Logs(environment)
-        self.checkpoints = Checkpoints(environment)
+        self.checkpoints = Checkpoints(environment, self.logs)
         self.workers = WorkerDirectory(environment.storage, environment.config.worker_seconds)
         self.backlog = BacklogIndex(environment.storage)
         self.streams = Streams(environment, logs=self.logs, workers=self.workers, backlog=self.backlog)
@@ -39,9 +40,17 @@ class StateStore:
         self.sweeper = Sweeper(environment.storage, self.streams)
         self._background: set[asyncio.Task[None]] = set()
 
-    async def commit(self, name: str, manifest: Manifest, fence: tuple[str, int]) -> StreamMetadata:
+    async def commit(
+        self,
+        name: str,
+        manifest: Manifest,
+        fence: tuple[str, int],
+        *,
+        parent_chain: str | None = None,
+        read: LogMark | None = None,
+    ) -> StreamMetadata:
         """`Checkpoints.commit`; what it leaves unneeded is cleared away behind the answer."""
-        metadata = await self.checkpoints.commit(name, manifest, fence)
+        metadata = await self.checkpoints.commit(name, manifest, fence, parent_chain=parent_chain, read=read)
         self.backlog.note(metadata)
         tenant, _ = keys.parse_name(name)
         task = asyncio.create_task(self.streams.collect_quietly(tenant, name, metadata.uid))

@@ -80,7 +80,9 @@ def create(event: Create, *, uid: str, now_ns: int) -> Change:
             own_start_offset=event.log_start_offset,
             accepted_offset=event.log_start_offset,
             start_version=manifest.version,
-            checkpoints=(owned(manifest, uid, read_to=manifest.applied_offset + MAX_READ_AHEAD_BYTES),),
+            checkpoints=(
+                owned(manifest, uid, read_to=manifest.applied_offset + MAX_READ_AHEAD_BYTES, chain=manifest.chain),
+            ),
         )
         effects += kept(manifest)
     elif event.log_start_offset:
@@ -128,6 +130,7 @@ def fork(
         create_request_id=event.request_id,
         own_start_offset=at,
         accepted_offset=at,
+        log_chain=_chain_at(parent, at, at_entry),
         start_version=0 if base is None else base.version,
         sources=parent.sources if at == parent.accepted_offset else (),
         checkpoints=() if base is None else (base,),
@@ -199,6 +202,13 @@ def _base_of_fork(parent: StreamMetadata, at: int, at_entry: RecordEntry | None)
     if not usable and not parent.retains_beginning:
         raise OffsetUnavailable(f"every retained checkpoint has read beyond {at}", available=available)
     return usable[-1] if usable else None
+
+
+def _chain_at(parent: StreamMetadata, at: int, at_entry: RecordEntry | None) -> str:
+    """The log's chain where a child takes it up; anew where the record before is trimmed, as no one can check it."""
+    if at == parent.accepted_offset:
+        return parent.log_chain
+    return "" if at_entry is None else at_entry.chain
 
 
 def _parts_of(parent: StreamMetadata, base: Manifest | None, start: int, at: int) -> tuple[Reference, ...]:

@@ -224,9 +224,9 @@ async def transact(environment: Environment, tenant: str, decide: Callable[[Tran
 
 def entry_as_member(entry: RecordEntry) -> str:
     """A record's place in the log's index: all of it but the end, which is the score."""
-    return f"{entry.start}:{entry.kind}:{entry.carry_bytes}"
+    return f"{entry.start}:{entry.kind}:{entry.carry_bytes}:{entry.chain}"
 
 
 def member_as_entry(member: str, end: int) -> RecordEntry:
-    start, kind, carry_bytes = (int(part) for part in member.split(":"))
-    return RecordEntry(start, end, kind, carry_bytes)
+    start, kind, carry_bytes, chain = member.split(":")
+    return RecordEntry(int(start), end, int(kind), int(carry_bytes), chain)

@@ -5,6 +5,7 @@ from google.protobuf import timestamp_pb2
 from eunoe.api.v1 import long_context_pb2 as api
 from eunoe.internal.v1 import state_store_pb2 as pb
 from eunoe.runtime.errors import InvalidRequest
+from eunoe.state_store.chains import LogMark
 from eunoe.state_store.metadata import ChunkRef, DecisionRun, Lease, Manifest, Settings, StreamMetadata
 
 
@@ -27,6 +28,7 @@ def stream_to_proto(metadata: StreamMetadata) -> api.Stream:
         carry_bytes=len(metadata.carry),
         log_start_offset=metadata.log_start_offset,
         checkpoint_version=metadata.version,
+        log_chain=bytes.fromhex(metadata.log_chain),
     )
     if metadata.expire_time_ns is not None:
         stream.expire_time.CopyFrom(time_to_proto(metadata.expire_time_ns))
@@ -35,6 +37,7 @@ def stream_to_proto(metadata: StreamMetadata) -> api.Stream:
         stream.state_bytes = newest.state_bytes
         stream.state_digest = newest.state_digest
         stream.policy = newest.decisions[-1].policy if newest.decisions else ""
+        stream.checkpoint_chain = bytes.fromhex(newest.chain)
     return stream
 
 
@@ -63,6 +66,7 @@ def manifest_to_proto(manifest: Manifest) -> pb.Manifest:
             pb.ChunkRef(chunk_id=chunk.chunk_id, length=chunk.length, digest=bytes.fromhex(chunk.digest))
             for chunk in manifest.chunks
         ],
+        chain=bytes.fromhex(manifest.chain),
     )
 
 
@@ -78,7 +82,12 @@ def manifest_from_proto(manifest: pb.Manifest) -> Manifest:
         model_digest=manifest.model_digest,
         decisions=tuple(DecisionRun(r.first_segment, r.policy, r.numerics_id) for r in manifest.decisions),
         chunks=tuple(chunk_from_proto(chunk) for chunk in manifest.chunks),
+        chain=manifest.chain.hex(),
     )
+
+
+def mark_from_proto(mark: api.LogMark) -> LogMark:
+    return LogMark(mark.offset, mark.chain.hex())
 
 
 def chunk_from_proto(chunk: pb.ChunkRef) -> ChunkRef:

@@ -20,6 +20,10 @@ from eunoe.runtime.grpc_channel import open_channel
 
 Text = Callable[..., bytes]
 
+# Where the decoder computes in bfloat16: 0.03 is its last place at these log-probabilities of -4 to -8, and the text
+# is cut into other passes here than in the reference.
+SCORE_TOLERANCE = 5e-2
+
 
 def tokens_of(responses: list[api.GenerateResponse]) -> list[int]:
     return [token_id for response in responses for token_id in response.tokens.token_ids]
@@ -62,7 +66,7 @@ async def test_scores_are_those_of_the_whole_text(
     reference = Reference(worker)
     context, ids = reference.tokenizer.encode(data.decode()), reference.tokenizer.encode(scored)
     expected = reference.log_probs(context + ids)[-len(ids) :]
-    assert await platform.score(worker, name, text=scored) == pytest.approx(expected.tolist(), abs=2e-2)
+    assert await platform.score(worker, name, text=scored) == pytest.approx(expected.tolist(), abs=SCORE_TOLERANCE)
 
 
 async def test_scores_at_a_boundary_still_see_the_last_token(platform: Any, worker: ModelWorker) -> None:
@@ -72,7 +76,7 @@ async def test_scores_at_a_boundary_still_see_the_last_token(platform: Any, work
     reference = Reference(worker)
     text_ids = reference.tokenizer.encode("the river")
     expected = reference.log_probs([*ids.tolist(), *text_ids], kv_budget_tokens=256)[-len(text_ids) :]
-    assert await platform.score(worker, name, text="the river") == pytest.approx(expected.tolist(), abs=2e-2)
+    assert await platform.score(worker, name, text="the river") == pytest.approx(expected.tolist(), abs=SCORE_TOLERANCE)
 
 
 async def test_long_texts_are_scored_across_segments(platform: Any, worker: ModelWorker, make_text: Text) -> None:

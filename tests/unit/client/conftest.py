@@ -1,5 +1,6 @@
 """A gateway in memory, with faults on demand."""
 
+import hashlib
 from collections.abc import Iterator
 from concurrent import futures
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from eunoe.runtime.errors import (
     ContentMismatch,
     EunoeError,
     OffsetGap,
+    StateLost,
     StreamNotFound,
     Unavailable,
 )
@@ -84,6 +86,8 @@ class FakeGateway(long_context_pb2_grpc.LongContextServiceServicer):
         self._begin(opening, context)
         name = self._name(opening.stream, context)
         stream = self.streams[name]
+        if opening.HasField("seen") and opening.seen.chain != _chain(stream.log[: opening.seen.offset]):
+            _abort(context, StateLost("rolled back", lost_from=len(stream.log)))
         yield api.AppendResponse(
             opened=api.AppendOpened(
                 stream=self._stream(name), source_bytes_accepted=stream.sources.get(opening.source_id, 0)
@@ -101,7 +105,11 @@ class FakeGateway(long_context_pb2_grpc.LongContextServiceServicer):
             if cut_after == index + 1:
                 _abort(context, Unavailable("cut off", retry_after_seconds=0.0))
             verdict = api.AppendVerdict(
-                offset=request.record.offset, status=status, accepted_offset=len(stream.log), applied_offset=0
+                offset=request.record.offset,
+                status=status,
+                accepted_offset=len(stream.log),
+                applied_offset=0,
+                log_chain=_chain(stream.log),
             )
             yield api.AppendResponse(verdict=verdict)
 
@@ -161,7 +169,13 @@ class FakeGateway(long_context_pb2_grpc.LongContextServiceServicer):
         return name
 
     def _stream(self, name: str) -> api.Stream:
-        return api.Stream(name=name, accepted_offset=len(self.streams[name].log))
+        log = self.streams[name].log
+        return api.Stream(name=name, accepted_offset=len(log), log_chain=_chain(log))
+
+
+def _chain(log: bytes | bytearray) -> bytes:
+    """Like the store's: of the bytes up to a place, and empty before the first."""
+    return hashlib.sha256(log).digest() if log else b""
 
 
 def _abort(context: grpc.ServicerContext, error: EunoeError) -> None:

@@ -118,6 +118,21 @@ async def test_what_the_server_lost_is_sent_again_from_a_source_that_can_go_back
     assert log_of(gateway) == TEXT
 
 
+async def test_what_others_wrote_since_a_rollback_does_not_hide_it(gateway: Any, client: AsyncClient) -> None:
+    gateway.cut_after = [3]
+
+    def roll_back(progress: AppendProgress) -> None:
+        stream = gateway.streams["tenants/default/streams/book"]
+        if not gateway.cut_after and progress.num_reconnects == 0 and len(stream.log) > RECORD_BYTES:
+            stream.log[RECORD_BYTES:] = b"x" * len(stream.log[RECORD_BYTES:])
+            stream.sources["book.txt"] = RECORD_BYTES
+
+    await client.append("book", io.BytesIO(TEXT), source_id="book.txt", on_progress=roll_back)
+
+    own, others = log_of(gateway)[:RECORD_BYTES], log_of(gateway)[RECORD_BYTES:]
+    assert own + others.lstrip(b"x") == TEXT
+
+
 async def test_what_the_server_lost_of_a_source_that_cannot_go_back_is_an_error(
     gateway: Any, client: AsyncClient
 ) -> None:
@@ -127,8 +142,10 @@ async def test_what_the_server_lost_of_a_source_that_cannot_go_back_is_an_error(
         if progress.source_bytes_accepted:
             gateway.streams["tenants/default/streams/book"].log.clear()
 
-    with pytest.raises(StateLost):
+    with pytest.raises(StateLost) as caught:
         await client.append("book", pieces_of(TEXT), on_progress=roll_back)
+
+    assert caught.value.lost_from == 0
 
 
 async def test_a_platform_that_stays_away_ends_in_unavailable(gateway: Any) -> None:

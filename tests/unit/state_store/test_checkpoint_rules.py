@@ -29,7 +29,7 @@ def committed(stream: StreamMetadata, applied_offset: int) -> StreamMetadata:
 
 
 def forked(stream: StreamMetadata, at_offset: int) -> StreamMetadata:
-    entry = RecordEntry(at_offset - 1, at_offset, 1, 0)
+    entry = RecordEntry(at_offset - 1, at_offset, 1, 0, "")
     return fork(
         stream, {}, Fork(name="tenants/t/streams/b", at_offset=at_offset), at_entry=entry, uid="b", now_ns=0
     ).records[0]
@@ -66,7 +66,7 @@ def test_records_between_what_forks_and_the_stream_need_are_garbage() -> None:
         stream,
         {},
         Fork(name="tenants/t/streams/b", at_offset=25_000),
-        at_entry=RecordEntry(0, 25_000, 1, 0),
+        at_entry=RecordEntry(0, 25_000, 1, 0, ""),
         uid="b",
         now_ns=0,
     )
