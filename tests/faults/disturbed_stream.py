@@ -5,8 +5,8 @@ import random
 import time
 import uuid
 from collections import Counter
-from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -73,6 +73,7 @@ class DisturbedStream:
     written: list[bytes | list[int]] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
     _offset: int = 0
+    _remembered: tuple[api.GenerateRequest, list[int]] | None = None
 
     async def create(self, model: str, shape: Shape) -> None:
         """Make the stream; its log is kept whole."""
@@ -90,21 +91,25 @@ class DisturbedStream:
         start = 0
         while start < len(self.text):
             end = min(len(self.text), start + self.randomness.choice(CUTS))
-            await self._append(self.text[start:end])
+            await self.append(self.text[start:end])
             start = end
             await disturb()
             chance = self.randomness.random()
             if chance < 0.06:
                 await self._flush_for_a_while()
             elif chance < 0.10:
-                await self._generate(remember=False)
+                await self.generate(remember=False)
             elif chance < 0.15:
-                await self._generate(remember=True)
+                await self.generate(remember=True)
 
     async def finish(self) -> pb.StreamRecord:
         """Flush all of it; returns the stream."""
         await Follower(self.placement, self.name).flush(self._offset)
-        return (await self.store.get_stream(pb.GetStreamRequest(name=self.name))).record
+        return await self.record()
+
+    async def record(self) -> pb.StreamRecord:
+        """The stream as the state store has it."""
+        return (await self._again(lambda: self.store.get_stream(pb.GetStreamRequest(name=self.name)))).record
 
     def is_what_was_written(self, log: list[pb.ReadLogResponse], tokenizer: Tokenizer) -> bool:
         """Whether the log holds everything that was acknowledged, once and in order, and nothing else."""
@@ -122,7 +127,8 @@ class DisturbedStream:
                 found.append(data)
         return found == self.written
 
-    async def _append(self, data: bytes) -> None:
+    async def append(self, data: bytes) -> None:
+        """Append a record."""
         request = pb.AppendRecordRequest(name=self.name, offset=self._offset, data=data, kind=api.RECORD_KIND_TEXT)
         response: pb.AppendRecordResponse = await self._again(lambda: self.store.append_record(request))
         self._offset += len(data)
@@ -130,6 +136,15 @@ class DisturbedStream:
         if self.written and isinstance(self.written[-1], bytes):
             data = self.written.pop() + data
         self.written.append(data)
+
+    async def is_remembered_once(self) -> bool:
+        """Whether the last remembering call, made again, gets its first answer and appends nothing."""
+        assert self._remembered is not None
+        request, tokens = self._remembered
+        repeated, summary = await self._again(lambda: self._answer(request))
+        record = await self.record()
+        is_same = repeated == tokens and summary.remember_result == api.REMEMBER_RESULT_REMEMBERED
+        return is_same and record.stream.accepted_offset == self._offset
 
     async def _flush_for_a_while(self) -> None:
         """A flush that its caller may give up."""
@@ -142,7 +157,8 @@ class DisturbedStream:
         else:
             flush.result()
 
-    async def _generate(self, *, remember: bool) -> None:
+    async def generate(self, *, remember: bool) -> None:
+        """Have something answered; what is remembered counts as written."""
         request = api.GenerateRequest(
             stream=self.name,
             text=PROMPT,
@@ -157,11 +173,12 @@ class DisturbedStream:
         self.counts["answers"] += 1
         if not remember:
             return
+        self._remembered = (request, tokens)
         assert summary.remember_result == api.REMEMBER_RESULT_REMEMBERED, "nobody else writes, and yet it conflicted"
         self.counts["remembered"] += 1
         self.written.append(tokens)
-        record = await self._again(lambda: self.store.get_stream(pb.GetStreamRequest(name=self.name)))
-        self._offset = record.record.stream.accepted_offset
+        record = await self.record()
+        self._offset = record.stream.accepted_offset
 
     async def _answer(self, request: api.GenerateRequest) -> tuple[list[int], api.GenerateSummary]:
         """Token ids and summary of one try."""
@@ -224,6 +241,16 @@ def undisturbed(
         pass
     snapshot = fold.snapshot()
     return _memory(snapshot.manifest, b"".join(data for _, data in snapshot.chunks))
+
+
+@asynccontextmanager
+async def placement_at(store: StateStoreClient) -> AsyncIterator[Placement]:
+    """How a gateway finds a stream's owner, without Ray."""
+    placement = Placement(store)
+    try:
+        yield placement
+    finally:
+        await placement.close()
 
 
 def random_text(randomness: random.Random, num_bytes: int) -> bytes:

@@ -8,9 +8,7 @@ import contextlib
 import random
 import signal
 import time
-import uuid
 from collections import Counter
-from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,11 +17,14 @@ from disturbed_stream import (
     Shape,
     load_model,
     memory_of,
+    placement_at,
     random_text,
     read_log,
     undisturbed,
 )
-from worker_processes import LEASE_SECONDS, Fault, Site, Worker
+from failpoint_kills import FAILPOINTS, KillFigures, kills_at_failpoints
+from stale_workers import StaleFigures, stale_commits
+from worker_processes import LEASE_SECONDS, Site, Worker
 
 from eunoe.clients.model_worker import ModelWorkerClient
 from eunoe.gateway.placement import Placement
@@ -31,23 +32,14 @@ from eunoe.internal.v1 import state_store_pb2 as pb
 from eunoe.runtime.errors import EunoeError
 from eunoe.runtime.grpc_channel import open_channel
 
-FAILPOINTS = (
-    "worker.before-acquire",
-    "worker.acquired",
-    "worker.before-load",
-    "worker.chunks-read",
-    "worker.record-read",
-    "worker.before-segment",
-    "worker.segment-folded",
-    "worker.before-snapshot",
-    "worker.before-stage",
-    "worker.chunks-staged",
-    "worker.committed",
-    "worker.before-remember",
-    "worker.remembered",
-    "worker.before-release",
-)
-"""Every failpoint of a model worker, in the order of a stream's life there."""
+__all__ = [
+    "EqualityFigures",
+    "KillFigures",
+    "StaleFigures",
+    "byte_equality",
+    "kills_at_failpoints",
+    "stale_commits",
+]
 
 _STREAMS_AT_ONCE = 10
 _FINISH_SECONDS = 90.0
@@ -89,7 +81,7 @@ async def byte_equality(num_runs: int, seed: int, model_path: Path, shape: Shape
     unequal = []
     for first in range(0, num_runs, _STREAMS_AT_ONCE):
         runs = range(first, min(num_runs, first + _STREAMS_AT_ONCE))
-        async with Site(model_path) as site, _placement(site) as placement:
+        async with Site(model_path) as site, placement_at(site.store) as placement:
             async with Disturber(site, random.Random(f"{seed} faults {first}")) as disturber:
                 results = await asyncio.gather(
                     *(_written(run, seed, site, placement, disturber, shape) for run in runs), return_exceptions=True
@@ -109,7 +101,9 @@ async def byte_equality(num_runs: int, seed: int, model_path: Path, shape: Shape
                 if not stream.is_what_was_written(log, tokenizer):
                     unequal.append(f"run {run}: the log is not what was written")
                 elif found != expected:
-                    differing = [field for field in expected.__slots__ if getattr(found, field) != getattr(expected, field)]
+                    differing = [
+                        field for field in expected.__slots__ if getattr(found, field) != getattr(expected, field)
+                    ]
                     unequal.append(f"run {run}: {', '.join(differing)} differ")
     return EqualityFigures(
         num_runs=num_runs,
@@ -203,7 +197,7 @@ class Disturber:
 
     async def _rob(self, name: str) -> None:
         """Give the stream to the worker that has it not, as if its owner had been found dead."""
-        with contextlib.suppress(EunoeError):
+        with contextlib.suppress(EunoeError, TimeoutError):
             record = (await self._site.store.get_stream(pb.GetStreamRequest(name=name))).record
             listed = await self._site.store.list_workers(pb.ListWorkersRequest(model=self._site.model_name))
             for worker in listed.workers:
@@ -229,13 +223,3 @@ class Disturber:
                 await worker.ended()
             if worker.exit_status == -signal.SIGKILL and worker not in self._killed:
                 self.counts["kill at a failpoint"] += 1
-
-
-@contextlib.asynccontextmanager
-async def _placement(site: Site) -> AsyncIterator[Placement]:
-    """How gateways find a stream's owner, without Ray."""
-    placement = Placement(site.store)
-    try:
-        yield placement
-    finally:
-        await placement.close()

@@ -79,7 +79,9 @@ class Process:
 
     async def is_stopped(self) -> bool:
         """Whether SIGSTOP has taken effect on every thread."""
-        states = [path.read_text().rpartition(")")[2].split()[0] for path in Path(f"/proc/{self.pid}/task").glob("*/stat")]
+        states = [
+            path.read_text().rpartition(")")[2].split()[0] for path in Path(f"/proc/{self.pid}/task").glob("*/stat")
+        ]
         return all(state == "T" for state in states)
 
 
@@ -134,7 +136,7 @@ class Site:
         # Not pytest's: a socket's path ends at 107 bytes.
         self._directory = Path(tempfile.mkdtemp(prefix="eunoe-site-"))
         self._num_started = 0
-        self.store_address = f"127.0.0.1:{_free_port()}"
+        self.store_address = f"127.0.0.1:{free_port()}"
         self._channel: grpc.aio.Channel
         self.store: StateStoreClient
 
@@ -212,7 +214,7 @@ class Site:
 
     async def _redis_answers(self) -> None:
         socket_path = self._directory / "redis.sock"
-        await _until(lambda: asyncio.to_thread(answers_ping, socket_path), "Redis does not answer")
+        await until(lambda: asyncio.to_thread(answers_ping, socket_path), "Redis does not answer")
 
     async def _state_store_serves(self) -> None:
         async def is_ready() -> bool:
@@ -220,7 +222,7 @@ class Site:
                 raise Fault(f"the state store ended: {self._state_store.log_file.read_text()[-2000:]}")
             return (self._directory / "state_store.json").exists()
 
-        await _until(is_ready, "the state store does not serve")
+        await until(is_ready, "the state store does not serve")
 
     def _end_processes(self) -> None:
         for worker in self.workers:
@@ -231,15 +233,23 @@ class Site:
         self._redis.wait()
 
 
-async def _until(condition: Callable[[], Awaitable[bool]], complaint: str) -> None:
-    give_up_at = time.monotonic() + _START_SECONDS
+async def until(
+    condition: Callable[[], Awaitable[bool]], complaint: str, longest_seconds: float = _START_SECONDS
+) -> None:
+    """Wait for a condition.
+
+    Raises:
+        Fault: With the complaint, after so long.
+    """
+    give_up_at = time.monotonic() + longest_seconds
     while not await condition():
         if time.monotonic() > give_up_at:
             raise Fault(complaint)
         await asyncio.sleep(_POLL_SECONDS)
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port that nobody listens on now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

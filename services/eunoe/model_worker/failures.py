@@ -24,7 +24,10 @@ class _Failure:
 
 
 class FailedStreams:
-    """What failed lately at this worker, the newest 10,000. `create_time_ns` tells a stream from another of its name."""
+    """What failed lately at this worker, the newest 10,000.
+
+    `create_time_ns` tells a stream from another one of its name.
+    """
 
     def __init__(self) -> None:
         self._failures: OrderedDict[str, _Failure] = OrderedDict()

@@ -6,6 +6,7 @@
 
 import os
 import signal
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -43,7 +44,10 @@ def disarm() -> None:
 
 
 def arm_from(text: str) -> None:
-    """Arm by "name=action@pass, ...": action is `kill` or `stop`, the pass is 1 if it is left out.
+    """Arm by "name=action@pass, ...", where the pass is 1 if it is left out.
+
+    Actions: `kill` and `stop` send the process SIGKILL and SIGSTOP; `hang` keeps the thread for ever, and `end` ends it
+    by an error that nobody catches.
 
     Raises:
         ValueError: If the text is something else.
@@ -60,6 +64,20 @@ def _signal_itself(signal_number: int) -> Callable[[], None]:
     return lambda: os.kill(os.getpid(), signal_number)
 
 
-_ACTIONS = {"kill": _signal_itself(signal.SIGKILL), "stop": _signal_itself(signal.SIGSTOP)}
+def _hang() -> None:
+    while True:
+        time.sleep(3600.0)
+
+
+def _end_thread() -> None:
+    raise SystemExit("ended at a failpoint")
+
+
+_ACTIONS: dict[str, Callable[[], None]] = {
+    "kill": _signal_itself(signal.SIGKILL),
+    "stop": _signal_itself(signal.SIGSTOP),
+    "hang": _hang,
+    "end": _end_thread,
+}
 
 arm_from(os.environ.get(VARIABLE, ""))
