@@ -103,8 +103,8 @@ class DisturbedStream:
                 await self.generate(remember=True)
 
     async def finish(self) -> pb.StreamRecord:
-        """Flush all of it; returns the stream."""
-        await Follower(self.placement, self.name).flush(self._offset)
+        """Flush all of its log; returns the stream."""
+        await Follower(self.placement, self.name).flush((await self.record()).stream.accepted_offset)
         return await self.record()
 
     async def record(self) -> pb.StreamRecord:
