@@ -7,14 +7,11 @@ import pytest
 from corruption import flip_sweep
 
 from eunoe.decoder.decoder import Decoder
-from eunoe.decoder.tiny import write_tiny_model
 
 
 @pytest.fixture(scope="module")
-def decoder(tmp_path_factory: pytest.TempPathFactory) -> Decoder:
-    directory: Path = tmp_path_factory.mktemp("tiny")
-    write_tiny_model(directory)
-    return Decoder.load(directory, num_threads=1)
+def decoder(tiny_model: Path) -> Decoder:
+    return Decoder.load(tiny_model, num_threads=1)
 
 
 @pytest.mark.parametrize("is_encrypted", [False, True])

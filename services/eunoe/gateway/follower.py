@@ -9,7 +9,7 @@ from eunoe.clients.model_worker import ModelWorkerClient
 from eunoe.gateway.placement import Placement
 from eunoe.internal.v1 import model_worker_pb2 as worker_pb
 from eunoe.internal.v1.state_store_pb2 import Lease
-from eunoe.runtime.errors import Conflict, EunoeError, NotFound, Overloaded, Unavailable
+from eunoe.runtime.errors import Conflict, DeadlineTooShort, EunoeError, NotFound, Overloaded, Unavailable
 
 logger = logging.getLogger(__name__)
 
@@ -17,6 +17,9 @@ logger = logging.getLogger(__name__)
 _COALESCE_SECONDS = 0.05
 _FIRST_PAUSE_SECONDS = 0.2
 _LONGEST_PAUSE_SECONDS = 2.0
+# A worker that flushes says so about once a second. One that says nothing for so long hangs: its port still accepts
+# connections, and without this the call would wait 40 s for a keepalive to fail.
+_SILENCE_SECONDS = 5.0
 
 
 class Follower:
@@ -87,7 +90,7 @@ class Follower:
         """
 
         def commit(worker: ModelWorkerClient, lease: Lease) -> AsyncGenerator[worker_pb.FlushResponse, None]:
-            return worker.flush(self._name, lease, offset)
+            return _while_answering(worker.flush(self._name, lease, offset))
 
         pause_seconds = _FIRST_PAUSE_SECONDS
         while True:
@@ -106,12 +109,31 @@ class Follower:
             pause_seconds = _longer(pause_seconds)
 
     async def _advance(self, worker: ModelWorkerClient, lease: Lease) -> worker_pb.AdvanceResponse:
-        return await worker.advance(self._name, lease, self.accepted)
+        try:
+            return await worker.advance(self._name, lease, self.accepted)
+        except DeadlineTooShort as error:
+            # It answers at once or hangs: then another worker is asked, which takes the stream if the lease has ended.
+            raise Unavailable("the worker does not answer") from error
 
     async def _wait_for_growth(self, longest_seconds: float) -> None:
         with suppress(TimeoutError):
             async with asyncio.timeout(longest_seconds):
                 await self._grown.wait()
+
+
+async def _while_answering(
+    answers: AsyncGenerator[worker_pb.FlushResponse, None],
+) -> AsyncGenerator[worker_pb.FlushResponse, None]:
+    async with aclosing(answers):
+        while True:
+            try:
+                async with asyncio.timeout(_SILENCE_SECONDS):
+                    answer = await anext(answers, None)
+            except TimeoutError:
+                raise Unavailable("the worker does not answer") from None
+            if answer is None:
+                return
+            yield answer
 
 
 def _longer(pause_seconds: float) -> float:

@@ -103,6 +103,10 @@ class Placement:
                 if has_answered or num_redirects > MAX_REDIRECTS:
                     raise Unavailable("the stream is changing its worker") from error
                 lease = await self._redirected(name, lease, error)
+            except DeadlineTooShort:
+                # Perhaps the owner hangs: the next call asks the store who it is by then.
+                self._leases.pop(name, None)
+                raise
             except Unavailable:
                 self._leases.pop(name, None)
                 if has_answered or is_replaced:

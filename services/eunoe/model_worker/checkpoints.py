@@ -10,6 +10,7 @@ from eunoe.internal.v1 import state_store_pb2 as pb
 from eunoe.model_worker.engine import Engine
 from eunoe.model_worker.fold import Snapshot
 from eunoe.runtime.errors import CorruptState, MissingChunk, ModelMismatch
+from eunoe.runtime.failpoints import failpoint
 
 logger = logging.getLogger(__name__)
 
@@ -41,10 +42,13 @@ class Checkpoints:
         expected = self._decoder.model_digest
         if manifest.model_digest != expected:
             raise ModelMismatch(f"{name} belongs to other weights", expected=expected, found=manifest.model_digest)
+        failpoint("worker.before-load")
         chunks: list[bytes] = []
         request = pb.ReadChunksRequest(name=name, chunks=manifest.chunks)
         async for chunk in self._store.read_chunks(request):
             chunks.append(chunk.data)
+
+        failpoint("worker.chunks-read")
 
         def decoded() -> MemoryState:
             state = state_codec.decode(chunks, self._decoder.config, settings, self._decoder.dtypes)
@@ -68,7 +72,9 @@ class Checkpoints:
             name=name, lease=lease, manifest=snapshot.manifest, read=snapshot.read, parent_chain=parent.chain
         )
         for num_stagings in range(1, _MAX_STAGINGS + 1):
+            failpoint("worker.before-stage")
             await self._store.stage_chunks(name, snapshot.chunks)
+            failpoint("worker.chunks-staged")
             try:
                 return (await self._store.commit_checkpoint(request)).record
             except MissingChunk:

@@ -34,6 +34,8 @@ class WorkerConfig:
     """Where Prometheus metrics are published on `listen_host`; 0 picks a port, None publishes none."""
     drain_seconds: float = 10.0
     """How long a drain waits for running calls."""
+    ready_file: Path | None = None
+    """Gets {"address", "pid"} as JSON once a worker that is a plain process serves."""
 
     def __post_init__(self) -> None:
         if not self.model_name:

@@ -63,11 +63,12 @@ class BorrowedCopy:
         fold = await self._stream.load()
         await self._parts.admission.reserve(fold.resident_bytes)
         self._reserved_bytes = fold.resident_bytes
+        # For both: a worker that was cut off for a while would answer from a checkpoint that others have passed.
+        now = await self._stream.confirmed()
         if freshness == api.FRESHNESS_APPLIED:
             self._future = asyncio.ensure_future(self._stream.committed_copy())
             await self._future
             return
-        now = await self._stream.confirmed()
         if needs_whole_text and now.carry_bytes:
             raise CarryOpen("the log ends inside a character", carry_bytes=now.carry_bytes)
         self._future = await self._stream.reach(now.accepted_offset, StreamFold.accepted_copy)

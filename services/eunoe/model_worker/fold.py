@@ -26,6 +26,7 @@ from eunoe.eviction.policy import EvictionPolicy
 from eunoe.internal.v1 import state_store_pb2 as pb
 from eunoe.model_worker import metrics
 from eunoe.model_worker.engine import Job
+from eunoe.runtime.failpoints import failpoint
 
 # Bytes tokenized at a time: a few segments, so that a turn stays short and milestones pass often.
 FEED_BYTES = 8 * 1024
@@ -177,6 +178,7 @@ class StreamFold:
 
     def snapshot(self) -> Snapshot:
         """Encode the state as it stands."""
+        failpoint("worker.before-snapshot")
         applied_offset, applied_pretoken_tokens = self._log.cursor
         chunks = [(uuid.uuid4().hex, chunk) for chunk in state_codec.encode(self._state)]
         manifest = pb.Manifest(
@@ -208,8 +210,10 @@ class StreamFold:
     def _fold_segment(self) -> None:
         start = time.monotonic()
         length = self.settings.segment_length
+        failpoint("worker.before-segment")
         self._record_decision()
         self._decoder.prefill(self._state, self._log.take(length), self._policy)
+        failpoint("worker.segment-folded")
         self.num_tokens = self._state.num_tokens
         self.folded_offset = self._log.cursor[0]
         metrics.FOLDED_TOKENS.inc(length)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from eunoe.clients.state_store import StateStoreClient
 from eunoe.internal.v1 import state_store_pb2 as pb
 from eunoe.runtime.errors import Conflict, DeadlineTooShort, NotFound, NotOwner, Unavailable
+from eunoe.runtime.failpoints import failpoint
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +38,7 @@ class Ownership:
         """
         by = pb.Lease(worker=self.worker.worker, address=self.worker.address)
         request = pb.AcquireStreamRequest(name=name, by=by)
+        failpoint("worker.before-acquire")
         if suspect is not None and suspect.worker != by.worker and await _is_dead(suspect.address):
             request.suspect.CopyFrom(suspect)
         try:
@@ -50,6 +52,7 @@ class Ownership:
 
     async def release(self, name: str, lease: pb.Lease) -> None:
         """Give a stream back; one that is not ours any more is none of our business."""
+        failpoint("worker.before-release")
         try:
             await self._store.release_stream(pb.ReleaseStreamRequest(name=name, lease=lease))
         except (Conflict, NotFound):

@@ -10,6 +10,7 @@ from eunoe.api.v1 import long_context_pb2 as api
 from eunoe.clients.state_store import StateStoreClient
 from eunoe.internal.v1 import state_store_pb2 as pb
 from eunoe.runtime.errors import ContentMismatch, OutcomeNotFound
+from eunoe.runtime.failpoints import failpoint
 
 
 class Remembering:
@@ -56,10 +57,12 @@ class Remembering:
             request_id=self._request_id,
             outcome=_to_bytes([api.GenerateResponse(tokens=tokens), api.GenerateResponse(summary=summary)]),
         )
+        failpoint("worker.before-remember")
         try:
             is_new = not (await self._store.append_record(request)).already_exists
         except ContentMismatch:
             is_new = False
+        failpoint("worker.remembered")
         if is_new:
             return summary
         # Somebody was first: this call itself, repeated by the client library or by its caller, or another append.

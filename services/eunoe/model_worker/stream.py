@@ -23,7 +23,8 @@ from eunoe.model_worker.config import WorkerConfig
 from eunoe.model_worker.engine import Engine
 from eunoe.model_worker.fold import EphemeralCopy, StreamFold
 from eunoe.model_worker.memory import Admission
-from eunoe.runtime.errors import Conflict, DeadlineTooShort, EunoeError, NotOwner, StateLost, Unavailable
+from eunoe.runtime.errors import Conflict, DeadlineTooShort, EunoeError, FoldFailed, NotOwner, StateLost, Unavailable
+from eunoe.runtime.failpoints import failpoint
 
 logger = logging.getLogger(__name__)
 
@@ -105,6 +106,11 @@ class OwnedStream:
     def is_loaded(self) -> bool:
         """Whether its memory state is here."""
         return self._fold is not None
+
+    @property
+    def create_time_ns(self) -> int:
+        """When the stream was made: tells it from another of its name."""
+        return self._record.stream.create_time.ToNanoseconds()
 
     def is_of(self, record: pb.StreamRecord) -> bool:
         """Whether `record` is this very stream under this very lease: a deleted one's name may come back."""
@@ -320,6 +326,7 @@ class OwnedStream:
                 # Whatever one stream's bytes break must not take the other streams with it.
                 if not isinstance(error, EunoeError):
                     logger.exception("a stream failed", extra={"stream": self.name})
+                    error = FoldFailed(f"the log of {self.name} broke its fold")
                 self.fail(error)
                 return
 
@@ -351,6 +358,7 @@ class OwnedStream:
         request = pb.ReadLogRequest(name=self.name, offset=fold.read_offset, max_bytes=_READ_BYTES)
         has_read = False
         async for record in self._parts.store.read_log(request):
+            failpoint("worker.record-read")
             fold.offer(record)
             has_read = True
         return has_read
@@ -368,6 +376,7 @@ class OwnedStream:
             if not isinstance(error, Unavailable | DeadlineTooShort):
                 self.fail(error)
             raise
+        failpoint("worker.committed")
         fold.num_committed_tokens = snapshot.manifest.tokens
         self._uncommitted_since = start if fold.num_uncommitted_tokens else None
         metrics.COMMITS.labels("committed").inc()

@@ -23,6 +23,7 @@ from eunoe.model_worker import metrics
 from eunoe.model_worker.checkpoints import Checkpoints
 from eunoe.model_worker.config import WorkerConfig
 from eunoe.model_worker.engine import Engine
+from eunoe.model_worker.failures import FailedStreams
 from eunoe.model_worker.generation import Generation
 from eunoe.model_worker.memory import Admission, MemoryLedger
 from eunoe.model_worker.ownership import Ownership
@@ -30,6 +31,7 @@ from eunoe.model_worker.servicer import ModelWorkerServicer
 from eunoe.model_worker.stream import OwnedStream, WorkerParts
 from eunoe.model_worker.sweep import Sweep
 from eunoe.runtime.errors import EunoeError, ModelMismatch, NotFound, NotOwner, Unavailable
+from eunoe.runtime.failpoints import failpoint
 from eunoe.runtime.grpc_channel import open_channel
 from eunoe.runtime.grpc_server import GrpcServer
 from eunoe.runtime.telemetry import serve_metrics
@@ -38,6 +40,7 @@ logger = logging.getLogger(__name__)
 
 _SERVICE = model_worker_pb2.DESCRIPTOR.services_by_name["ModelWorkerService"].full_name
 _IDLE_PROBE_SECONDS = 5.0
+_HEALTH_SECONDS = 1.0
 
 
 class ModelWorker:
@@ -61,6 +64,7 @@ class ModelWorker:
         )
         # One taking or letting go of a stream at a time; a lock lives as long as somebody uses it.
         self._name_locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        self._failed_streams = FailedStreams()
         self._tasks: list[asyncio.Task[None]] = []
         self._is_draining = False
         self._metrics = contextlib.ExitStack()
@@ -108,6 +112,7 @@ class ModelWorker:
             asyncio.create_task(self._ownership.renew_forever(config.renew_seconds, self._is_able), name="renew"),
             asyncio.create_task(sweep.run_forever(config.sweep_seconds), name="sweep"),
             asyncio.create_task(self._probe_when_idle(), name="probe"),
+            asyncio.create_task(self._report_health(), name="health"),
         ]
         logger.info("the worker serves", extra={"model": config.model_name, "address": self.address})
 
@@ -121,6 +126,7 @@ class ModelWorker:
         Raises:
             StreamNotFound: If there is no such stream.
             ModelMismatch: If it is bound to another model.
+            EunoeError: What it failed of here a short while ago.
             Unavailable: If this worker drains, or the state store cannot be reached.
         """
         if self._is_draining:
@@ -144,8 +150,11 @@ class ModelWorker:
                 raise ModelMismatch(
                     f"{name} is bound to another model", expected=self.config.model_name, found=record.stream.model
                 )
+            # Its lease stays here: at another worker it would fail as well.
+            self._failed_streams.check(name, record.stream.create_time.ToNanoseconds())
             self.streams[name] = OwnedStream(record, self.parts, self._forget)
             metrics.OWNED_STREAMS.set(len(self.streams))
+            failpoint("worker.acquired")
             return record.lease
 
     def _fail_if_held(self, name: str, error: EunoeError) -> None:
@@ -246,6 +255,10 @@ class ModelWorker:
         """The stream has ended here, whatever the reason."""
         if self.streams.get(stream.name) is stream:
             del self.streams[stream.name]
+        if isinstance(error, NotOwner | NotFound | Unavailable):
+            self._failed_streams.forget(stream.name)
+        else:
+            self._failed_streams.note(stream.name, stream.create_time_ns, error)
         metrics.OWNED_STREAMS.set(len(self.streams))
         metrics.DROPPED_STREAMS.labels(error.reason() if isinstance(error, EunoeError) else "FAILED").inc()
 
@@ -261,6 +274,12 @@ class ModelWorker:
 
         if not await parts.engine.call(infer):
             raise ValueError(f"the model in {self.config.model_path} computes no finite numbers")
+
+    async def _report_health(self) -> None:
+        """What the health service answers is whether work goes forward, not whether somebody listens."""
+        while True:
+            await asyncio.sleep(_HEALTH_SECONDS)
+            await self._server.set_serving(self._is_able())
 
     async def _probe_when_idle(self) -> None:
         while True:

@@ -9,7 +9,8 @@
   + AlreadyExists            ALREADY_EXISTS
   + OffsetGap                OUT_OF_RANGE          the record starts above the accepted offset
   + FailedPrecondition       FAILED_PRECONDITION   true input, wrong state
-  |   + ContentMismatch, CarryOpen, OffsetUnavailable, ModelMismatch, MissingChunk, KeyUnavailable
+  |   + ContentMismatch, CarryOpen, OffsetUnavailable, ModelMismatch, MissingChunk, KeyUnavailable,
+  |     FoldFailed
   + Conflict                 ABORTED               somebody else was first: look again
   |   + NotOwner, LeaseLost, VersionConflict
   + Overloaded               RESOURCE_EXHAUSTED    retry after `retry_after_seconds`
@@ -209,6 +210,13 @@ class MissingChunk(FailedPrecondition):
 @dataclass(eq=False)
 class KeyUnavailable(FailedPrecondition):
     """A stream is encrypted, and the state store does not have the key."""
+
+
+@dataclass(eq=False)
+class FoldFailed(FailedPrecondition):
+    """The stream's log broke its worker's fold; the worker tries again after `retry_after_seconds`, not before."""
+
+    retry_after_seconds: float = field(default=1.0, kw_only=True)
 
 
 @dataclass(eq=False)
