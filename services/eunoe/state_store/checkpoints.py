@@ -6,6 +6,7 @@ from collections.abc import AsyncIterable, AsyncIterator, Sequence
 import xxhash
 
 from eunoe.runtime.errors import CorruptState, InvalidRequest, MissingChunk, QuotaExceeded
+from eunoe.runtime.failpoints import failpoint
 from eunoe.state_store import checkpoint_rules, keys
 from eunoe.state_store.chains import LogMark
 from eunoe.state_store.checkpoint_rules import MAX_CHUNK_BYTES
@@ -68,6 +69,7 @@ class Checkpoints:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+        failpoint("store.stage.done")
         return staged_bytes
 
     async def commit(
@@ -98,7 +100,9 @@ class Checkpoints:
             change = checkpoint_rules.commit(metadata, manifest, fence, parent_chain=parent_chain)
             if read is not None and change.records:
                 await self._logs.check_seen(metadata, read)
+            failpoint("store.commit.before-swap")
             await transaction.commit(change)
+            failpoint("store.commit.after-swap")
             return (change.records or (metadata,))[0]
 
         return await transact(self._environment, keys.parse_name(name)[0], decide)

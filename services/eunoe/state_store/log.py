@@ -3,6 +3,7 @@
 from collections.abc import AsyncIterator
 
 from eunoe.runtime.errors import CorruptState, OutcomeNotFound, StateLost, StreamNotFound
+from eunoe.runtime.failpoints import failpoint
 from eunoe.state_store import keys, log_rules
 from eunoe.state_store.chains import LogMark
 from eunoe.state_store.effects import RecordEntry
@@ -56,7 +57,9 @@ class Logs:
                 has_outcome=has_outcome,
                 max_backlog_bytes=self._environment.config.max_backlog_bytes,
             )
+            failpoint("store.append.before-swap")
             await transaction.commit(appended.change)
+            failpoint("store.append.after-swap")
             return (appended.change.records or (metadata,))[0], appended
 
         return await transact(self._environment, tenant, decide)
