@@ -1,8 +1,11 @@
 """The storage drivers that every contract runs over, and a state store over each."""
 
+import random
+import sys
 import uuid
 from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 import xxhash
@@ -19,7 +22,12 @@ from eunoe.state_store.store import StateStore
 from eunoe.state_store.stream_rules import Create
 from eunoe.state_store.transactions import Environment
 
-DRIVERS = ("memory", "redis")
+_HARNESS = str(Path(__file__).parents[1] / "faults")
+if _HARNESS not in sys.path:
+    sys.path.insert(0, _HARNESS)
+from simulated_storage import SimulatedDatabase, SimulatedStorage  # noqa: E402
+
+DRIVERS = ("memory", "redis", "simulated")
 
 
 @pytest.fixture(params=DRIVERS)
@@ -27,6 +35,9 @@ async def storage(request: pytest.FixtureRequest) -> AsyncIterator[Storage]:
     """A database; Redis is shared by all tests, so keys must be the test's own."""
     if request.param == "memory":
         yield MemoryStorage()
+        return
+    if request.param == "simulated":
+        yield SimulatedStorage(SimulatedDatabase(random.Random(0)))
         return
     storage = RedisStorage(request.getfixturevalue("redis_server").url)
     await storage.load_function()

@@ -50,7 +50,7 @@ async def proxy(request: pytest.FixtureRequest, echo: EchoServer, tmp_path_facto
         target = f"unix://{path}"
     else:
         server = await asyncio.start_server(echo.serve, "127.0.0.1", 0)
-        target = "127.0.0.1:%d" % server.sockets[0].getsockname()[1]
+        target = f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
     async with server, FaultProxy(target, seed=1) as proxy:
         yield proxy
 
@@ -153,7 +153,7 @@ async def test_a_new_target_takes_the_connections_to_come(proxy: FaultProxy) -> 
     first = await connected(proxy)
     other = EchoServer()
     async with await asyncio.start_server(other.serve, "127.0.0.1", 0) as server:
-        proxy.target = "127.0.0.1:%d" % server.sockets[0].getsockname()[1]
+        proxy.target = f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
         second = await connected(proxy)
         first[1].write(b"old")
         assert await first[0].readexactly(3) == b"old"
