@@ -91,21 +91,24 @@ class StateWriter:
         await self._store.delete_stream(pb.DeleteStreamRequest(name=self._name))
 
 
-async def ping_stall(store: StateStoreClient, tenant: str, socket: Path, *, state_mib: int) -> StallFigures:
-    """Another client's PINGs, from a process of its own, while one state is written.
+async def ping_stall(
+    store: StateStoreClient, tenant: str, socket: Path, *, state_mib: int, num_states: int = 1
+) -> StallFigures:
+    """Another client's PINGs, from a process of its own, while states are written.
 
     Args:
         store: Of a state store over the Redis at `socket`.
         tenant: One that nobody else uses.
         socket: A unix socket; beside it, on the same disk, syncs are timed first.
-        state_mib: Size of the state.
+        state_mib: Size of a state.
+        num_states: States to write, one after the other.
     """
     syncs = _timed_syncs(socket.parent / "sync-probe", 100)
     writer = StateWriter(store, tenant)
     await writer.open()
     chunks = [os.urandom(CHUNK_BYTES)] * state_mib
     async with _Probing(socket) as pings:
-        seconds = await writer.commit(chunks)
+        seconds = statistics.median([await writer.commit(chunks) for _ in range(num_states)])
     await writer.close()
     times = sorted(pings)
     return StallFigures(
