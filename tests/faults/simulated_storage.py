@@ -307,10 +307,14 @@ class SimulatedStorage:
         self.is_dead |= is_last and self._dies_before
         self._check_alive()
         try:
-            return await self._database.execute(method, arguments)
-        finally:
+            result = await self._database.execute(method, arguments)
+        except Unavailable:
             self.is_dead |= is_last
             self._check_alive()
+            raise
+        self.is_dead |= is_last
+        self._check_alive()
+        return result
 
     def _check_alive(self) -> None:
         if self.is_dead:

@@ -262,8 +262,7 @@ class _Worker(_Actor):
                 if not self.life.loses:
                     self.life.violation(f"a worker was told of a loss: {error}")
             except EunoeError as error:
-                if not self.life.loses:
-                    self.life.violation(f"a worker met {type(error).__name__}: {error}")
+                self.life.violation(f"a worker met {type(error).__name__}: {error}")
             await asyncio.sleep(self.life.chance.uniform(0, 0.3))
 
     async def _serve(self, name: str, num_commits: int) -> None:

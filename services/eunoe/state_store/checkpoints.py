@@ -97,7 +97,13 @@ class Checkpoints:
 
         async def decide(transaction: Transaction) -> StreamMetadata:
             metadata = await transaction.stream(name)
-            change = checkpoint_rules.commit(metadata, manifest, fence, parent_chain=parent_chain)
+            try:
+                change = checkpoint_rules.commit(metadata, manifest, fence, parent_chain=parent_chain)
+            except InvalidRequest:
+                # A state of a log that was rolled back since may lie beyond its end now: that is no worker's mistake.
+                if read is not None:
+                    await self._logs.check_seen(metadata, read)
+                raise
             if read is not None and change.records:
                 await self._logs.check_seen(metadata, read)
             failpoint("store.commit.before-swap")
