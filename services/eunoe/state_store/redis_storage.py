@@ -113,14 +113,24 @@ _REFUSALS: dict[bytes, Callable[[str], Refusal]] = {
 }
 _NUM_RETRIES = 3
 _SOCKET_TIMEOUT_SECONDS = 5.0
+# How long replicas may take: less than the socket's time, or the answer would never be heard.
+_REPLICA_MS = 2_000
+_REPLICATION_PROBE = "eunoe:replication-probe"
 # Replies to one MGET of records stay far below what would stall the server's other clients.
 _KEYS_PER_READ = 8
 
 
 class RedisStorage:
-    """`Storage` in the Redis at `url`."""
+    """`Storage` in the Redis at `url`.
 
-    def __init__(self, url: str, *, max_connections: int = 64) -> None:
+    Args:
+        url: As StateStoreConfig.redis_url.
+        num_replicas: How many replicas must have a swap before it counts as done.
+        max_connections: Calls at once.
+    """
+
+    def __init__(self, url: str, *, num_replicas: int = 0, max_connections: int = 64) -> None:
+        self._num_replicas = num_replicas
         pool = redis.BlockingConnectionPool.from_url(
             url,
             max_connections=max_connections,
@@ -152,16 +162,46 @@ class RedisStorage:
             arguments.extend(operation[1:])
         call = [len(operations), *(operation.key for operation in operations), *arguments]
         try:
-            reply = await self._guarded(self.client.fcall(FUNCTION_NAME, *call), passes=ResponseError)
+            reply = await self._guarded(self._swap(call), passes=ResponseError)
         except ResponseError as error:
             if "Function not found" not in str(error):
                 raise _unavailable(error) from error
             logger.warning("the function was gone from Redis; loading it again")
             await self.load_function()
-            reply = await self._guarded(self.client.fcall(FUNCTION_NAME, *call))
+            reply = await self._guarded(self._swap(call))
         if reply[0] == b"done":
             return None
         return _REFUSALS[reply[0]](reply[1].decode())
+
+    async def check_replicas(self) -> None:
+        """Write something, and wait for the replicas.
+
+        Raises:
+            Unavailable: If fewer have it than must.
+        """
+        pipeline = self.client.pipeline(transaction=False)
+        await self._guarded(self._replicated(pipeline))
+
+    async def _swap(self, call: Sequence[Any]) -> list[bytes]:
+        pipeline = self.client.pipeline(transaction=False)
+        pipeline.fcall(FUNCTION_NAME, *call)
+        reply: list[bytes] = (await self._replicated(pipeline))[0]
+        return reply
+
+    async def _replicated(self, pipeline: Any) -> list[Any]:
+        """The pipeline's replies, once enough replicas have all that it wrote, and all that was written before.
+
+        WAIT, not WAITAOF: that one is absent before Redis 7.2, and Valkey answers it before the sync under everysec.
+        """
+        if self._num_replicas:
+            # WAIT is about the connection's own last write. A swap that is repeated on another connection writes nothing
+            # there, as it was done before: this write stands for it.
+            pipeline.set(_REPLICATION_PROBE, b"", px=_REPLICA_MS)
+            pipeline.execute_command("WAIT", self._num_replicas, _REPLICA_MS)
+        replies: list[Any] = await pipeline.execute()
+        if self._num_replicas and replies[-1] < self._num_replicas:
+            raise Unavailable(f"only {replies[-1]} of {self._num_replicas} replicas have the write: it may be lost")
+        return replies
 
     async def apply(self, writes: Sequence[Write]) -> None:
         pipeline = self.client.pipeline(transaction=False)

@@ -33,7 +33,7 @@ async def check_server(storage: RedisStorage, *, allow_unsafe: bool) -> None:
 
     Raises:
         UnsafeRedisError: If a setting is unsafe and that is not allowed, or the server is too old.
-        Unavailable: If it cannot be reached or does not keep what is written.
+        Unavailable: If it cannot be reached, does not keep what is written, or has too few replicas.
     """
     client = storage.client
     try:
@@ -58,6 +58,7 @@ async def check_server(storage: RedisStorage, *, allow_unsafe: bool) -> None:
     except (RedisError, OSError) as error:
         raise Unavailable(f"Redis cannot be reached: {error}") from error
     await storage.load_function()
+    await storage.check_replicas()
     logger.info("Redis is safe to serve from", extra={"redis_version": version})
 
 
