@@ -7,6 +7,7 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 # The tiny model has nothing to share out: on a busy machine two threads take ten times as long as one.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import signal
 import subprocess
 import tempfile
 import uuid
@@ -47,6 +48,10 @@ class RedisServer:
         self._process.kill()
         self._ended()
         self._process = self._started()
+
+    def pause(self, is_paused: bool = True) -> None:
+        """SIGSTOP, or SIGCONT."""
+        self._process.send_signal(signal.SIGSTOP if is_paused else signal.SIGCONT)
 
     def stop(self) -> None:
         self._process.terminate()
