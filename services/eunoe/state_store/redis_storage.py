@@ -194,8 +194,8 @@ class RedisStorage:
         WAIT, not WAITAOF: that one is absent before Redis 7.2, and Valkey answers it before the sync under everysec.
         """
         if self._num_replicas:
-            # WAIT is about the connection's own last write. A swap that is repeated on another connection writes none,
-            # as it was done before: this write stands for it.
+            # By its documentation WAIT is about the connection's own writes, and a swap that is repeated on another
+            # connection writes none, as it was done before: this write stands for it.
             pipeline.set(_REPLICATION_PROBE, b"", px=_REPLICA_MS)
             pipeline.execute_command("WAIT", self._num_replicas, _REPLICA_MS)
         replies: list[Any] = await pipeline.execute()
