@@ -20,10 +20,10 @@ from eunoe.state_store.redis_storage import RedisStorage
 from eunoe.state_store.server_check import UnsafeRedisError, check_server
 
 
-async def check(url: str, *, allow_unsafe: bool = False) -> None:
+async def check(url: str, *, allow_unsafe: bool = False, marker_file: Path | None = None) -> None:
     storage = RedisStorage(url)
     try:
-        await check_server(storage, allow_unsafe=allow_unsafe)
+        await check_server(storage, allow_unsafe=allow_unsafe, marker_file=marker_file)
     finally:
         await storage.close()
 
@@ -83,6 +83,23 @@ async def test_an_unsafe_setting_is_named_with_its_remedy(start_redis) -> None:
     with pytest.raises(UnsafeRedisError, match=r"appendonly 'no'.*CONFIG SET appendonly yes"):
         await check(url)
     await storage.close()
+
+
+async def test_a_primary_that_was_reborn_empty_is_refused(start_redis, tmp_path: Path) -> None:
+    safe = ["--appendonly", "yes", "--appendfsync", "always", "--maxmemory-policy", "noeviction"]
+    marker_file = tmp_path / "data-id"
+    with_data, empty = start_redis(*safe).url, start_redis(*safe).url
+    await check(with_data, marker_file=marker_file)
+    await check(with_data, marker_file=marker_file)
+
+    with pytest.raises(UnsafeRedisError, match=r"lost the data.*remove that file"):
+        await check(empty, marker_file=marker_file)
+    await check(empty, marker_file=tmp_path / "another")
+    with pytest.raises(UnsafeRedisError, match="other data"):
+        await check(empty, marker_file=marker_file)
+    await check(with_data, marker_file=tmp_path / "of-a-second-store")
+
+    assert marker_file.read_text() == (tmp_path / "of-a-second-store").read_text()
 
 
 async def test_a_redis_that_is_not_there_is_unavailable(tmp_path: Path) -> None:

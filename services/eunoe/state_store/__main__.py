@@ -33,7 +33,7 @@ async def serve(config: StateStoreConfig) -> None:
     """
     storage = RedisStorage(config.redis_url, num_replicas=config.num_replicas)
     try:
-        await check_server(storage, allow_unsafe=config.allow_unsafe_redis)
+        await check_server(storage, allow_unsafe=config.allow_unsafe_redis, marker_file=config.data_marker_file)
         pepper = config.api_key_pepper_file.read_bytes().strip() if config.api_key_pepper_file else b""
         keyring = Keyring(_master_key(config.encryption_key_file))
         store = StateStore(Environment(storage=storage, config=config, keyring=keyring), pepper=pepper)

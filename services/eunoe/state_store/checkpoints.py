@@ -15,8 +15,8 @@ from eunoe.state_store.log import Logs
 from eunoe.state_store.metadata import ChunkRef, Manifest, StreamMetadata
 from eunoe.state_store.transactions import Environment, Transaction, transact
 
-# Chunks written at once: other clients of Redis wait at most for one of them, and the disk is kept busy.
-_CHUNKS_IN_FLIGHT = 4
+# Chunks of a checkpoint written at once: other clients of Redis wait for as many at worst, and the disk is kept busy.
+_CHUNKS_IN_FLIGHT = 2
 _CHUNKS_PER_READ = 2
 
 

@@ -11,6 +11,8 @@ class StateStoreConfig:
     listen_address: str = "127.0.0.1:7410"
     redis_url: str = "redis://127.0.0.1:6379/0"
     """redis://[[user]:password@]host:port/db, rediss:// for TLS, unix://path for a socket."""
+    data_marker_file: Path | None = None
+    """Made at the first start; then a Redis without the data that it names, such as one reborn empty, is refused."""
     num_replicas: int = 0
     """Replicas that must have a write before it is acknowledged: all that may become the primary."""
     ready_file: Path | None = None

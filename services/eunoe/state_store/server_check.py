@@ -5,8 +5,11 @@ drop staged chunks; and a command named WAITAOF has been seen to answer before t
 a write is made and read back, before anything is served.
 """
 
+import asyncio
 import logging
+import os
 import secrets
+from pathlib import Path
 
 from redis.exceptions import RedisError, ResponseError
 
@@ -18,21 +21,24 @@ logger = logging.getLogger(__name__)
 _REQUIRED = {"appendonly": "yes", "appendfsync": "always", "maxmemory-policy": "noeviction"}
 _OLDEST_VERSION = (7, 0)
 _SELF_TEST_KEY = "eunoe:self-test"
+_DATA_ID_KEY = "eunoe:data-id"
 
 
 class UnsafeRedisError(Exception):
     """Redis is set up so that it may lose acknowledged writes; the message names the setting and the remedy."""
 
 
-async def check_server(storage: RedisStorage, *, allow_unsafe: bool) -> None:
+async def check_server(storage: RedisStorage, *, allow_unsafe: bool, marker_file: Path | None = None) -> None:
     """Check the server and load the function into it.
 
     Args:
         storage: Connected to the server.
         allow_unsafe: Warn about unsafe settings instead of refusing them.
+        marker_file: Names the data that this store has served from before; made at the first start.
 
     Raises:
-        UnsafeRedisError: If a setting is unsafe and that is not allowed, or the server is too old.
+        UnsafeRedisError: If a setting is unsafe and that is not allowed, the server is too old, or it does not have the
+            data that the marker names: a primary that was reborn empty looks like a new one.
         Unavailable: If it cannot be reached, does not keep what is written, or has too few replicas.
     """
     client = storage.client
@@ -59,7 +65,34 @@ async def check_server(storage: RedisStorage, *, allow_unsafe: bool) -> None:
         raise Unavailable(f"Redis cannot be reached: {error}") from error
     await storage.load_function()
     await storage.check_replicas()
+    if marker_file is not None:
+        await _check_marker(storage, marker_file)
     logger.info("Redis is safe to serve from", extra={"redis_version": version})
+
+
+async def _check_marker(storage: RedisStorage, marker_file: Path) -> None:
+    known = await asyncio.to_thread(_read_marker, marker_file)
+    if not known:
+        # Of several stores that start on new data one names it.
+        await storage.client.set(_DATA_ID_KEY, secrets.token_hex(16), nx=True)
+    found = _text(await storage.client.get(_DATA_ID_KEY) or b"")
+    if known and known != found:
+        raise UnsafeRedisError(
+            f"this Redis has {'other data' if found else 'lost the data'}: {marker_file} names what it must have. "
+            "Restore that, or remove that file to start anew"
+        )
+    if not known:
+        await asyncio.to_thread(_write_marker, marker_file, found)
+
+
+def _read_marker(path: Path) -> str:
+    return path.read_text().strip() if path.exists() else ""
+
+
+def _write_marker(path: Path, data_id: str) -> None:
+    partial = path.with_name(f"{path.name}.{os.getpid()}")
+    partial.write_text(data_id)
+    partial.replace(path)
 
 
 async def _problems(storage: RedisStorage) -> list[str]:
