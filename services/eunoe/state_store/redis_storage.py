@@ -16,6 +16,7 @@ from redis.exceptions import ReadOnlyError, RedisError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from eunoe.runtime.errors import EunoeError, Unavailable
+from eunoe.state_store.redis_history import RedisHistory
 from eunoe.state_store.storage import (
     AddTotal,
     BuryRecord,
@@ -130,6 +131,7 @@ class RedisStorage:
             retry=Retry(ExponentialBackoff(cap=0.5, base=0.02), _NUM_RETRIES),
         )
         self.client = redis.Redis(connection_pool=pool)
+        self._history = RedisHistory(self.client)
 
     async def load_function(self) -> None:
         """Load the one function that swaps; harmless if it is there."""
@@ -214,6 +216,9 @@ class RedisStorage:
             self.client.zrevrangebyscore(key, "+inf", at_least, start=0, num=limit, withscores=True)
         )
         return [(_text(row[0]), int(row[1])) for row in rows]
+
+    async def erase_history(self) -> None:
+        await self._guarded(self._history.erase())
 
     async def close(self) -> None:
         await self.client.aclose()
