@@ -180,3 +180,9 @@ async def _as_stream(pairs: Iterable[tuple[str, bytes]]) -> AsyncIterator[tuple[
 @pytest.fixture
 def caller(store: StateStore, tenant: str) -> Caller:
     return Caller(store, tenant)
+
+
+@pytest.fixture
+def new_caller() -> type[Caller]:
+    """Makes callers of a test's own store."""
+    return Caller

@@ -18,6 +18,7 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 from redis.retry import Retry as BlockingRetry
 
 from eunoe.runtime.errors import EunoeError, Unavailable
+from eunoe.state_store.redis_history import RedisHistory
 from eunoe.state_store.storage import (
     AddTotal,
     BuryRecord,
@@ -153,6 +154,7 @@ class RedisStorage:
             retry=BlockingRetry(ExponentialBackoff(cap=0.5, base=0.02), _NUM_RETRIES),
         )
         self._blocking_client = blocking_redis.Redis(connection_pool=blocking_pool)
+        self._history = RedisHistory(self.client)
 
     async def load_function(self) -> None:
         """Load the one function that swaps; harmless if it is there."""
@@ -267,6 +269,9 @@ class RedisStorage:
             self.client.zrevrangebyscore(key, "+inf", at_least, start=0, num=limit, withscores=True)
         )
         return [(_text(row[0]), int(row[1])) for row in rows]
+
+    async def erase_history(self) -> None:
+        await self._guarded(self._history.erase())
 
     async def close(self) -> None:
         await self.client.aclose()
