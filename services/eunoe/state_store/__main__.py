@@ -31,7 +31,7 @@ async def serve(config: StateStoreConfig) -> None:
     Raises:
         UnsafeRedisError, Unavailable: If Redis cannot be served from.
     """
-    storage = RedisStorage(config.redis_url)
+    storage = RedisStorage(config.redis_url, num_replicas=config.num_replicas)
     try:
         await check_server(storage, allow_unsafe=config.allow_unsafe_redis)
         pepper = config.api_key_pepper_file.read_bytes().strip() if config.api_key_pepper_file else b""

@@ -11,6 +11,8 @@ class StateStoreConfig:
     listen_address: str = "127.0.0.1:7410"
     redis_url: str = "redis://127.0.0.1:6379/0"
     """redis://[[user]:password@]host:port/db, rediss:// for TLS, unix://path for a socket."""
+    num_replicas: int = 0
+    """Replicas of Redis that have a write before it is acknowledged; with fewer, writes and reads fail."""
     ready_file: Path | None = None
     """Gets {"address", "pid"} as JSON once the process serves."""
     metrics_port: int | None = None
@@ -45,6 +47,6 @@ class StateStoreConfig:
         for name in ("staging_seconds", "outcome_seconds", "worker_seconds", "sweep_seconds"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name}={getattr(self, name)} is not above 0")
-        for name in ("max_streams", "max_log_bytes", "max_checkpoint_bytes", "max_backlog_bytes"):
+        for name in ("max_streams", "max_log_bytes", "max_checkpoint_bytes", "max_backlog_bytes", "num_replicas"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} is negative")

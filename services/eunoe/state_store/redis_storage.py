@@ -1,6 +1,14 @@
 """The database in production: Redis, one function, and nothing in it that decides.
 
 redis-py repeats a command by itself after a lost connection: everything here can run twice.
+
+With replicas, what is acknowledged is on `num_replicas` of them too. The proof is a fence: a write and WAIT on the
+connection of the write or read that it is for, in one pipeline, because WAIT speaks for its own connection's writes
+alone. Reads of records and values have a fence as well: whoever repeats a write whose WAIT fell short is answered from what was
+read ("you have appended that already"), and that is an acknowledgement like any other.
+
+WAITAOF is not used: it is absent before 7.2, and under `appendfsync everysec` Valkey answers it before the sync. A
+primary with `appendfsync always` answers nothing before its sync, so WAIT's count is all that is missing.
 """
 
 import asyncio
@@ -9,6 +17,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 
 import redis.asyncio as redis
+from redis.asyncio.client import Pipeline
 from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
@@ -113,14 +122,28 @@ _REFUSALS: dict[bytes, Callable[[str], Refusal]] = {
 }
 _NUM_RETRIES = 3
 _SOCKET_TIMEOUT_SECONDS = 5.0
+# Replicas answer in a round trip; below the socket's timeout, so that the count comes and not a broken connection.
+_WAIT_SECONDS = 2.0
+# A message that nobody hears is a write to the replicas and not to the append-only file: a fence costs no sync.
+_FENCE_CHANNEL = "eunoe:fence"
 # Replies to one MGET of records stay far below what would stall the server's other clients.
 _KEYS_PER_READ = 8
 
 
 class RedisStorage:
-    """`Storage` in the Redis at `url`."""
+    """`Storage` in the Redis at `url`.
 
-    def __init__(self, url: str, *, max_connections: int = 64) -> None:
+    Args:
+        url: As `StateStoreConfig.redis_url`.
+        num_replicas: Replicas that have all that is acknowledged. Fewer within `wait_seconds`: Unavailable, as nobody
+            knows then whether it lasts.
+        wait_seconds: How long replicas may take.
+        max_connections: Most at once; further calls queue.
+    """
+
+    def __init__(
+        self, url: str, *, num_replicas: int = 0, wait_seconds: float = _WAIT_SECONDS, max_connections: int = 64
+    ) -> None:
         pool = redis.BlockingConnectionPool.from_url(
             url,
             max_connections=max_connections,
@@ -130,16 +153,22 @@ class RedisStorage:
             retry=Retry(ExponentialBackoff(cap=0.5, base=0.02), _NUM_RETRIES),
         )
         self.client = redis.Redis(connection_pool=pool)
+        self._num_replicas = num_replicas
+        self._wait_seconds = wait_seconds
 
     async def load_function(self) -> None:
         """Load the one function that swaps; harmless if it is there."""
         await self._guarded(self.client.function_load(FUNCTION_SOURCE, replace=True))
 
     async def read(self, keys: Sequence[str]) -> list[Versioned]:
-        pipeline = self.client.pipeline(transaction=len(keys) > 1)
+        pipeline = self.client.pipeline(transaction=False)
+        # By hand: redis-py's transactions take in all of a pipeline, and inside of one WAIT does not wait.
+        pipeline.execute_command("MULTI")
         for key in keys:
-            pipeline.hmget(key, "version", "data")
-        rows = await self._guarded(pipeline.execute())
+            pipeline.hmget(key, ["version", "data"])
+        pipeline.execute_command("EXEC")
+        replies = await self._fenced(pipeline)
+        rows = _reply(replies[len(keys) + 1])
         return [Versioned("", b"") if version is None else Versioned(version.decode(), data) for version, data in rows]
 
     async def compare_and_swap(
@@ -151,17 +180,13 @@ class RedisStorage:
             arguments.append(_CODES[type(operation)])
             arguments.extend(operation[1:])
         call = [len(operations), *(operation.key for operation in operations), *arguments]
-        try:
-            reply = await self._guarded(self.client.fcall(FUNCTION_NAME, *call), passes=ResponseError)
-        except ResponseError as error:
-            if "Function not found" not in str(error):
-                raise _unavailable(error) from error
+        reply = (await self._fenced(self.client.pipeline(transaction=False).fcall(FUNCTION_NAME, *call)))[0]
+        if isinstance(reply, ResponseError) and "Function not found" in str(reply):
             logger.warning("the function was gone from Redis; loading it again")
             await self.load_function()
-            reply = await self._guarded(self.client.fcall(FUNCTION_NAME, *call))
-        if reply[0] == b"done":
-            return None
-        return _REFUSALS[reply[0]](reply[1].decode())
+            reply = (await self._fenced(self.client.pipeline(transaction=False).fcall(FUNCTION_NAME, *call)))[0]
+        status, *place = _reply(reply)
+        return None if status == b"done" else _REFUSALS[status](place[0].decode())
 
     async def apply(self, writes: Sequence[Write]) -> None:
         pipeline = self.client.pipeline(transaction=False)
@@ -185,12 +210,15 @@ class RedisStorage:
             # NX and XX: a command that comes late, after the commit, must neither change a chunk nor give it a TTL.
             pipeline.set(key, data, px=ttl_ms, nx=True)
             pipeline.pexpire(key, ttl_ms, xx=True)
-        await self._guarded(pipeline.execute())
+        # The commit's fence would do; this one keeps a worker from filling the primary's buffer for its replicas.
+        for reply in await self._fenced(pipeline):
+            _reply(reply)
 
     async def get(self, keys: Sequence[str]) -> list[bytes | None]:
         values: list[bytes | None] = []
         for start in range(0, len(keys), _KEYS_PER_READ):
-            values.extend(await self._guarded(self.client.mget(keys[start : start + _KEYS_PER_READ])))
+            pipeline = self.client.pipeline(transaction=False).mget(keys[start : start + _KEYS_PER_READ])
+            values.extend(_reply((await self._fenced(pipeline))[0]))
         return values
 
     async def totals(self, key: str) -> dict[str, int]:
@@ -219,14 +247,43 @@ class RedisStorage:
         await self.client.aclose()
         await self.client.connection_pool.disconnect()
 
-    async def _guarded(self, call: Awaitable[Result], *, passes: type[Exception] | tuple[()] = ()) -> Result:
+    async def _fenced(self, pipeline: Pipeline) -> list[Any]:
+        """Replies to a pipeline, errors among them, once the replicas have all that it wrote or could see.
+
+        Raises:
+            Unavailable: Also if too few replicas have it.
+        """
+        if self._num_replicas:
+            pipeline.publish(_FENCE_CHANNEL, "")
+            pipeline.execute_command("WAIT", self._num_replicas, int(self._wait_seconds * 1000))
+        replies = await self._guarded(pipeline.execute(raise_on_error=False))
+        if not self._num_replicas:
+            return replies
+        *replies, _, num_acknowledged = replies
+        if _reply(num_acknowledged) < self._num_replicas:
+            raise Unavailable(
+                f"{num_acknowledged} of {self._num_replicas} replicas acknowledged within {self._wait_seconds} s: "
+                "what was written may last or not"
+            )
+        return replies
+
+    async def _guarded(self, call: Awaitable[Result]) -> Result:
         """Await a call to Redis; what the caller can only wait for becomes Unavailable."""
         try:
             return await call
-        except passes:
-            raise
         except (TimeoutError, RedisError, OSError) as error:
             raise _unavailable(error) from error
+
+
+def _reply(reply: Any) -> Any:
+    """A reply out of a pipeline.
+
+    Raises:
+        Unavailable: If it is an error.
+    """
+    if isinstance(reply, Exception):
+        raise _unavailable(reply) from reply
+    return reply
 
 
 def _text(member: bytes) -> str:
