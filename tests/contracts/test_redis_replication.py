@@ -122,6 +122,7 @@ async def test_cancelled_calls_leave_no_reply_for_the_next_one(pair, num_replica
         await storage.stage([(key + "v", b"v%d" % i)], 60_000)
 
     for _ in range(4):
+        await asyncio.gather(*(storage.read([key]) for key in keys))
         pair.primary.freeze()
         calls = [
             asyncio.create_task(storage.read([key]) if i % 2 else storage.get([key + "v"]))

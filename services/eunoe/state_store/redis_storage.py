@@ -4,8 +4,8 @@ redis-py repeats a command by itself after a lost connection: everything here ca
 
 With replicas, what is acknowledged is on `num_replicas` of them too. The proof is a fence: a write and WAIT on the
 connection of the write or read that it is for, in one pipeline, because WAIT speaks for its own connection's writes
-alone. Reads of records and values have a fence as well: whoever repeats a write whose WAIT fell short is answered from what was
-read ("you have appended that already"), and that is an acknowledgement like any other.
+alone. Reads of records and values have a fence as well: whoever repeats a write whose WAIT fell short is answered
+from what was read ("you have appended that already"), and that is an acknowledgement like any other.
 
 WAITAOF is not used: it is absent before 7.2, and under `appendfsync everysec` Valkey answers it before the sync. A
 primary with `appendfsync always` answers nothing before its sync, so WAIT's count is all that is missing.
