@@ -13,6 +13,9 @@ class StateStoreConfig:
     """redis://[[user]:password@]host:port/db, rediss:// for TLS, unix://path for a socket."""
     num_replicas: int = 0
     """Replicas of Redis that have a write before it is acknowledged; with fewer, writes and reads fail."""
+    data_marker_file: Path | None = None
+    """Where it is remembered which Redis has the data, on a volume of the state store's own: an empty or another one
+    is refused then. Made at the first start."""
     ready_file: Path | None = None
     """Gets {"address", "pid"} as JSON once the process serves."""
     metrics_port: int | None = None

@@ -21,7 +21,7 @@ from redis.asyncio.client import Pipeline
 from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import ReadOnlyError, RedisError, ResponseError
+from redis.exceptions import NoPermissionError, ReadOnlyError, RedisError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from eunoe.runtime.errors import EunoeError, Unavailable
@@ -139,6 +139,10 @@ class RedisStorage:
             knows then whether it lasts.
         wait_seconds: How long replicas may take.
         max_connections: Most at once; further calls queue.
+
+    Attributes:
+        client: For what is not the core's business: the checks at start.
+        num_replicas: As given.
     """
 
     def __init__(
@@ -153,12 +157,37 @@ class RedisStorage:
             retry=Retry(ExponentialBackoff(cap=0.5, base=0.02), _NUM_RETRIES),
         )
         self.client = redis.Redis(connection_pool=pool)
-        self._num_replicas = num_replicas
+        self.num_replicas = num_replicas
         self._wait_seconds = wait_seconds
 
     async def load_function(self) -> None:
-        """Load the one function that swaps; harmless if it is there."""
-        await self._guarded(self.client.function_load(FUNCTION_SOURCE, replace=True))
+        """Load the one function that swaps; harmless if it is there.
+
+        Raises:
+            Unavailable: Also if this user may not load it and nobody else has.
+        """
+        try:
+            await self.client.function_load(FUNCTION_SOURCE, replace=True)
+        except NoPermissionError as error:
+            await self._find_function(error)
+        except (RedisError, OSError) as error:
+            raise _unavailable(error) from error
+
+    async def _find_function(self, refusal: NoPermissionError) -> None:
+        try:
+            await self.client.fcall(FUNCTION_NAME, 0, "nothing to swap")
+        except ResponseError as error:
+            raise Unavailable(
+                f"Redis has no function {FUNCTION_NAME}, and this user may not load it ({refusal}): load it as one who "
+                "may, `python -m eunoe.state_store print-function | redis-cli -x FUNCTION LOAD REPLACE`"
+            ) from error
+        except (RedisError, OSError) as error:
+            raise _unavailable(error) from error
+
+    async def put(self, key: str, data: bytes, *, only_if_absent: bool = False) -> None:
+        """Write a plain value that lasts; durable, on the replicas too, when it returns."""
+        pipeline = self.client.pipeline(transaction=False).set(key, data, nx=only_if_absent)
+        _reply((await self._fenced(pipeline))[0])
 
     async def read(self, keys: Sequence[str]) -> list[Versioned]:
         pipeline = self.client.pipeline(transaction=False)
@@ -253,16 +282,16 @@ class RedisStorage:
         Raises:
             Unavailable: Also if too few replicas have it.
         """
-        if self._num_replicas:
+        if self.num_replicas:
             pipeline.publish(_FENCE_CHANNEL, "")
-            pipeline.execute_command("WAIT", self._num_replicas, int(self._wait_seconds * 1000))
+            pipeline.execute_command("WAIT", self.num_replicas, int(self._wait_seconds * 1000))
         replies = await self._guarded(pipeline.execute(raise_on_error=False))
-        if not self._num_replicas:
+        if not self.num_replicas:
             return replies
         *replies, _, num_acknowledged = replies
-        if _reply(num_acknowledged) < self._num_replicas:
+        if _reply(num_acknowledged) < self.num_replicas:
             raise Unavailable(
-                f"{num_acknowledged} of {self._num_replicas} replicas acknowledged within {self._wait_seconds} s: "
+                f"{num_acknowledged} of {self.num_replicas} replicas acknowledged within {self._wait_seconds} s: "
                 "what was written may last or not"
             )
         return replies
