@@ -46,12 +46,9 @@ class RedisServer:
         self._command += ["--dir", str(directory), *settings]
         self._process = self._started()
 
-    def freeze(self) -> None:
-        """Stop it from answering, as a machine does that hangs."""
-        self._process.send_signal(signal.SIGSTOP)
-
-    def thaw(self) -> None:
-        self._process.send_signal(signal.SIGCONT)
+    def pause(self, is_paused: bool = True) -> None:
+        """SIGSTOP, or SIGCONT."""
+        self._process.send_signal(signal.SIGSTOP if is_paused else signal.SIGCONT)
 
     def restart_after_kill(self) -> None:
         """Kill it as a power cut would, and start it again."""
@@ -60,7 +57,7 @@ class RedisServer:
         self._process = self._started()
 
     def stop(self) -> None:
-        self.thaw()
+        self.pause(False)
         self._process.terminate()
         self._ended()
 
@@ -121,7 +118,9 @@ def start_replicated_redis(start_redis: Callable[..., RedisServer]) -> Callable[
         with socket.create_server(("127.0.0.1", 0)) as probe:
             port = str(probe.getsockname()[1])
         # Later settings win. Replicas copy at once and without a file, so that tests need not wait.
-        primary = start_redis(*SAFE_SETTINGS, "--bind", "127.0.0.1", "--port", port, "--repl-diskless-sync-delay", "0")
+        # And no waiting for a replica at the end, which may be paused.
+        at_once = ("--repl-diskless-sync-delay", "0", "--shutdown-timeout", "0")
+        primary = start_redis(*SAFE_SETTINGS, "--bind", "127.0.0.1", "--port", port, *at_once)
         replica = start_redis(*SAFE_SETTINGS, "--replicaof", "127.0.0.1", port)
         client = redis.Redis.from_url(primary.url)
         deadline = time.monotonic() + 20
@@ -135,7 +134,7 @@ def start_replicated_redis(start_redis: Callable[..., RedisServer]) -> Callable[
 
 @pytest.fixture(scope="session")
 def replicated_redis(start_replicated_redis: Callable[[], ReplicatedRedis]) -> ReplicatedRedis:
-    """One for all tests that freeze nothing."""
+    """One pair for all tests that pause none of it."""
     return start_replicated_redis()
 
 

@@ -98,7 +98,7 @@ async def test_fewer_replicas_than_asked_for_are_refused(start_replicated_redis,
     with pytest.raises(UnsafeRedisError, match="is a replica"):
         await check(pair.replica.url, num_replicas=1)
     # It is connected still, and acknowledges nothing.
-    pair.replica.freeze()
+    pair.replica.pause()
     with pytest.raises(UnsafeRedisError, match="0 of 1 replicas acknowledged"):
         await check(pair.primary.url, num_replicas=1)
     await check(pair.primary.url, num_replicas=1, allow_unsafe=True)

@@ -20,7 +20,7 @@ from eunoe.state_store import metadata as metadata_module
 from eunoe.state_store.metadata import StreamMetadata
 
 FULL = Bounds(childs_record=False, reads_ahead=False)
-SMALL = replace(FULL, num_records=2, num_leases=2, num_crashes=1)
+SMALL = replace(FULL, num_records=2, num_crashes=1)
 _SWAPPED = dict(zip((*PRESENT, *OLDER), (*reversed(PRESENT), *reversed(OLDER)), strict=True))
 
 

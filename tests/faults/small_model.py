@@ -63,7 +63,7 @@ class Bounds:
     num_retained: int = 1
     childs_record: bool = True
     reads_ahead: bool = True
-    num_leases: int = 3
+    num_leases: int = 2
     num_crashes: int = 2
     num_deletes: int = 1
 

@@ -21,7 +21,7 @@ WAIT_SECONDS = 0.1
 
 @pytest.fixture(scope="module")
 def pair(start_replicated_redis):
-    """A primary and a replica that these tests freeze."""
+    """A primary and a replica that these tests pause."""
     return start_replicated_redis()
 
 
@@ -30,20 +30,33 @@ async def storage(pair) -> AsyncIterator[RedisStorage]:
     storage = RedisStorage(pair.primary.url, num_replicas=1, wait_seconds=WAIT_SECONDS)
     await storage.load_function()
     yield storage
-    pair.replica.thaw()
+    pair.replica.pause(False)
     await storage.close()
+
+
+async def test_what_is_acknowledged_is_at_the_replica(pair, storage) -> None:
+    key = f"eunoe:{{{uuid.uuid4().hex}}}"
+    replica = RedisStorage(pair.replica.url)
+
+    for i in range(20):
+        await until_acknowledged(lambda: storage.compare_and_swap(f"t{i}", [], [PutRecord(f"{key}{i}", b"data")]))  # noqa: B023
+
+        assert await replica.read([f"{key}{i}"]) == [Versioned(f"t{i}", b"data")]
+    await replica.close()
 
 
 async def test_a_swap_that_no_replica_has_is_unknown_until_a_repeat_finds_it_there(pair, storage) -> None:
     key = f"eunoe:{{{uuid.uuid4().hex}}}"
     swap = "t1", [ExpectVersion(key, "")], [PutRecord(key, b"one"), AddTotal(key + "t", "n", 5)]
-    pair.replica.freeze()
+    other = RedisStorage(pair.primary.url, num_replicas=1, wait_seconds=WAIT_SECONDS)
+    pair.replica.pause()
 
-    # The first does the work; the others find it done, and must not acknowledge it either.
-    for _ in range(3):
+    # The first does the work; the others, on new connections too, find it done and must not acknowledge it either.
+    for each in (storage, storage, other):
         with pytest.raises(Unavailable, match="0 of 1 replicas"):
-            await storage.compare_and_swap(*swap)
-    pair.replica.thaw()
+            await each.compare_and_swap(*swap)
+    await other.close()
+    pair.replica.pause(False)
 
     assert await until_acknowledged(lambda: storage.compare_and_swap(*swap)) is None
     assert await storage.totals(key + "t") == {"n": 5}
@@ -54,7 +67,7 @@ async def test_a_swap_that_no_replica_has_is_unknown_until_a_repeat_finds_it_the
 
 async def test_nothing_is_read_that_only_the_primary_has(pair, storage) -> None:
     key = f"eunoe:{{{uuid.uuid4().hex}}}"
-    pair.replica.freeze()
+    pair.replica.pause()
     with pytest.raises(Unavailable):
         await storage.compare_and_swap("t1", [], [PutRecord(key, b"one")])
 
@@ -64,7 +77,7 @@ async def test_nothing_is_read_that_only_the_primary_has(pair, storage) -> None:
         await storage.get([key + "value"])
     with pytest.raises(Unavailable):
         await storage.stage([(key + "chunk", b"bytes")], 60_000)
-    pair.replica.thaw()
+    pair.replica.pause(False)
 
     assert await until_acknowledged(lambda: storage.read([key])) == [Versioned("t1", b"one")]
 
@@ -79,7 +92,7 @@ async def test_a_repeated_append_is_not_called_a_duplicate_while_only_the_primar
 
     async def swap_without_replica(*arguments):
         # Not before: the read that comes first would not get through.
-        pair.replica.freeze()
+        pair.replica.pause()
         reading.set()
         return await swap(*arguments)
 
@@ -89,7 +102,7 @@ async def test_a_repeated_append_is_not_called_a_duplicate_while_only_the_primar
             await store.logs.append(name, Append(offset=0, data=b"record", kind=1))
     assert reading.is_set()
     storage.compare_and_swap = swap
-    pair.replica.thaw()
+    pair.replica.pause(False)
 
     await until_acknowledged(lambda: store.logs.append(name, Append(offset=0, data=b"record", kind=1)))
     assert (await store.streams.get(name)).accepted_offset == len(b"record")
@@ -123,7 +136,7 @@ async def test_cancelled_calls_leave_no_reply_for_the_next_one(pair, num_replica
 
     for _ in range(4):
         await asyncio.gather(*(storage.read([key]) for key in keys))
-        pair.primary.freeze()
+        pair.primary.pause()
         calls = [
             asyncio.create_task(storage.read([key]) if i % 2 else storage.get([key + "v"]))
             for i, key in enumerate(keys)
@@ -132,7 +145,7 @@ async def test_cancelled_calls_leave_no_reply_for_the_next_one(pair, num_replica
         assert not done
         for call in calls:
             call.cancel()
-        pair.primary.thaw()
+        pair.primary.pause(False)
         ended = await asyncio.gather(*calls, return_exceptions=True)
         # Before Python 3.12 `wait_for` can swallow a cancellation: such a call goes on, and to its own reply.
         for i, end in enumerate(ended):
