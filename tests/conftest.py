@@ -102,6 +102,18 @@ def redis_server(start_redis: Callable[..., RedisServer]) -> RedisServer:
     return start_redis(*SAFE_SETTINGS)
 
 
+@pytest.fixture(scope="session")
+def free_port() -> Callable[[], int]:
+    """Finds ports that nobody listened on a moment ago."""
+
+    def find() -> int:
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            port: int = probe.getsockname()[1]
+        return port
+
+    return find
+
+
 @dataclass(frozen=True)
 class ReplicatedRedis:
     """A primary and its one replica, connected."""
@@ -111,17 +123,18 @@ class ReplicatedRedis:
 
 
 @pytest.fixture(scope="session")
-def start_replicated_redis(start_redis: Callable[..., RedisServer]) -> Callable[[], ReplicatedRedis]:
-    """Starts a primary with a replica that has caught up with it. A replica needs a port of its primary's."""
+def start_replicated_redis(
+    start_redis: Callable[..., RedisServer], free_port: Callable[[], int]
+) -> Callable[[], ReplicatedRedis]:
+    """Starts a primary with a replica that has caught up with it. They have ports too, for each other."""
 
     def start() -> ReplicatedRedis:
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            port = str(probe.getsockname()[1])
-        # Later settings win. Replicas copy at once and without a file, so that tests need not wait.
-        # And no waiting for a replica at the end, which may be paused.
-        at_once = ("--repl-diskless-sync-delay", "0", "--shutdown-timeout", "0")
-        primary = start_redis(*SAFE_SETTINGS, "--bind", "127.0.0.1", "--port", port, *at_once)
-        replica = start_redis(*SAFE_SETTINGS, "--replicaof", "127.0.0.1", port)
+        port, replica_port = (str(free_port()) for _ in range(2))
+        # Later settings win. Replicas copy at once and without a file, so that tests need not wait; nor does a primary
+        # wait at its end for a replica, which may be paused.
+        common = (*SAFE_SETTINGS, "--bind", "127.0.0.1", "--repl-diskless-sync-delay", "0", "--shutdown-timeout", "0")
+        primary = start_redis(*common, "--port", port)
+        replica = start_redis(*common, "--port", replica_port, "--replicaof", "127.0.0.1", port)
         client = redis.Redis.from_url(primary.url)
         deadline = time.monotonic() + 20
         while client.wait(1, 100) < 1 or client.info("replication").get("slave0", {}).get("state") != "online":

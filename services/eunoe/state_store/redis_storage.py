@@ -16,15 +16,13 @@ import logging
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 
-import redis.asyncio as redis
 from redis.asyncio.client import Pipeline
-from redis.asyncio.retry import Retry
-from redis.backoff import ExponentialBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import NoPermissionError, ReadOnlyError, RedisError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from eunoe.runtime.errors import EunoeError, Unavailable
+from eunoe.state_store.redis_client import RedisTls, close_client, open_client
 from eunoe.state_store.storage import (
     AddTotal,
     BuryRecord,
@@ -120,8 +118,6 @@ _REFUSALS: dict[bytes, Callable[[str], Refusal]] = {
     b"not_staged": NotStaged,
     b"no_room": NoRoom,
 }
-_NUM_RETRIES = 3
-_SOCKET_TIMEOUT_SECONDS = 5.0
 # Replicas answer in a round trip; below the socket's timeout, so that the count comes and not a broken connection.
 _WAIT_SECONDS = 2.0
 # A message that nobody hears is a write to the replicas and not to the append-only file: a fence costs no sync.
@@ -138,6 +134,7 @@ class RedisStorage:
         num_replicas: Replicas that have all that is acknowledged. Fewer within `wait_seconds`: Unavailable, as nobody
             knows then whether it lasts.
         wait_seconds: How long replicas may take.
+        tls: Files for rediss:// and sentinels://.
         max_connections: Most at once; further calls queue.
 
     Attributes:
@@ -146,17 +143,15 @@ class RedisStorage:
     """
 
     def __init__(
-        self, url: str, *, num_replicas: int = 0, wait_seconds: float = _WAIT_SECONDS, max_connections: int = 64
+        self,
+        url: str,
+        *,
+        num_replicas: int = 0,
+        wait_seconds: float = _WAIT_SECONDS,
+        tls: RedisTls | None = None,
+        max_connections: int = 64,
     ) -> None:
-        pool = redis.BlockingConnectionPool.from_url(
-            url,
-            max_connections=max_connections,
-            timeout=_SOCKET_TIMEOUT_SECONDS,
-            socket_timeout=_SOCKET_TIMEOUT_SECONDS,
-            socket_connect_timeout=_SOCKET_TIMEOUT_SECONDS,
-            retry=Retry(ExponentialBackoff(cap=0.5, base=0.02), _NUM_RETRIES),
-        )
-        self.client = redis.Redis(connection_pool=pool)
+        self.client = open_client(url, tls=tls, max_connections=max_connections)
         self.num_replicas = num_replicas
         self._wait_seconds = wait_seconds
 
@@ -273,8 +268,7 @@ class RedisStorage:
         return [(_text(row[0]), int(row[1])) for row in rows]
 
     async def close(self) -> None:
-        await self.client.aclose()
-        await self.client.connection_pool.disconnect()
+        await close_client(self.client)
 
     async def _fenced(self, pipeline: Pipeline) -> list[Any]:
         """Replies to a pipeline, errors among them, once the replicas have all that it wrote or could see.
@@ -285,7 +279,7 @@ class RedisStorage:
         if self.num_replicas:
             pipeline.publish(_FENCE_CHANNEL, "")
             pipeline.execute_command("WAIT", self.num_replicas, int(self._wait_seconds * 1000))
-        replies = await self._guarded(pipeline.execute(raise_on_error=False))
+        replies: list[Any] = await self._guarded(pipeline.execute(raise_on_error=False))
         if not self.num_replicas:
             return replies
         *replies, _, num_acknowledged = replies
