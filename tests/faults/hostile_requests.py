@@ -264,7 +264,9 @@ def _imports(model: str, export: Sequence[bytes]) -> st.SearchStrategy[tuple[Mes
             continue
         honest = kinds[kind].FromString(payload)
         changed = _messages(honest.DESCRIPTOR, model, depth=4).map(lambda other, honest=honest: _merged(honest, other))
-        weighed = (st.just(honest) | changed) if kind is FrameKind.HEADER else (st.just(honest) | st.just(honest) | changed)
+        weighed = (
+            (st.just(honest) | changed) if kind is FrameKind.HEADER else (st.just(honest) | st.just(honest) | changed)
+        )
         payloads.append(weighed.map(lambda message, kind=kind: frame(kind, message.SerializeToString())))
     whole = st.tuples(*payloads).map(lambda frames: MAGIC + b"".join(frames))
     return whole.map(lambda data: (api.ImportStreamRequest(stream_id="imported", data=data),))
@@ -292,7 +294,9 @@ def _messages(descriptor: Descriptor, model: str, depth: int = 3) -> st.SearchSt
             continue
         value = _values(field, model, depth)
         fields[field.name] = st.lists(value, max_size=10) if field.is_repeated else value
-    return st.fixed_dictionaries({}, optional=fields).map(lambda values: message_factory.GetMessageClass(descriptor)(**values))
+    return st.fixed_dictionaries({}, optional=fields).map(
+        lambda values: message_factory.GetMessageClass(descriptor)(**values)
+    )
 
 
 def _values(field: FieldDescriptor, model: str, depth: int) -> st.SearchStrategy[Any]:

@@ -158,8 +158,8 @@ class Platform:
         environment = {
             "EUNOE_STATE_STORE_LISTEN_ADDRESS": "127.0.0.1:0",
             "EUNOE_STATE_STORE_REDIS_URL": f"unix://{socket_path}",
+            "EUNOE_STATE_STORE_DATA_MARKER_FILE": str(self.home / "redis-installation"),
             "EUNOE_STATE_STORE_READY_FILE": str(ready_file),
-            "EUNOE_STATE_STORE_DATA_MARKER_FILE": str(self.home / "redis-data-id"),
         }
         state_store = self._spawn("state_store", _module("eunoe.state_store"), environment)
         self._wait(state_store, "the state store", 30.0, ready_file.exists)
