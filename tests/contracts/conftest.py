@@ -27,7 +27,7 @@ if _HARNESS not in sys.path:
     sys.path.insert(0, _HARNESS)
 from simulated_storage import SimulatedDatabase, SimulatedStorage  # noqa: E402
 
-DRIVERS = ("memory", "redis", "simulated")
+DRIVERS = ("memory", "redis", "redis-replicated", "simulated")
 
 
 @pytest.fixture(params=DRIVERS)
@@ -39,7 +39,10 @@ async def storage(request: pytest.FixtureRequest) -> AsyncIterator[Storage]:
     if request.param == "simulated":
         yield SimulatedStorage(SimulatedDatabase(random.Random(0)))
         return
-    storage = RedisStorage(request.getfixturevalue("redis_server").url)
+    if request.param == "redis-replicated":
+        storage = RedisStorage(request.getfixturevalue("replicated_redis").primary.url, num_replicas=1)
+    else:
+        storage = RedisStorage(request.getfixturevalue("redis_server").url)
     await storage.load_function()
     yield storage
     await storage.close()
@@ -180,3 +183,9 @@ async def _as_stream(pairs: Iterable[tuple[str, bytes]]) -> AsyncIterator[tuple[
 @pytest.fixture
 def caller(store: StateStore, tenant: str) -> Caller:
     return Caller(store, tenant)
+
+
+@pytest.fixture
+def new_caller() -> type[Caller]:
+    """Makes callers of a test's own store."""
+    return Caller

@@ -298,6 +298,9 @@ class SimulatedStorage:
     async def highest_members(self, key: str, at_least: int, limit: int) -> list[tuple[str, int]]:
         return await self._call("highest_members", key, at_least, limit)
 
+    async def erase_history(self) -> None:
+        pass
+
     async def close(self) -> None:
         pass
 

@@ -173,7 +173,7 @@ def applied(world: World, change: Change, tag: str = "") -> World | None:
             case RemoveRecord(uid, entry):
                 index = UIDS.index(uid)
                 logs = with_item(logs, index, tuple(s for s in logs[index] if s.entry != entry))
-            case KeepChunk(chunk, _):
+            case KeepChunk(chunk=chunk):
                 if chunk in chunks:
                     return None
                 chunks.add(chunk)

@@ -1,4 +1,7 @@
-"""The state store process: `python -m eunoe.state_store`, configured by EUNOE_STATE_STORE_<FIELD>."""
+"""The state store process: `python -m eunoe.state_store`, configured by EUNOE_STATE_STORE_<FIELD>.
+
+`python -m eunoe.state_store print-function` prints what `FUNCTION LOAD` takes, where its user may not load it.
+"""
 
 import asyncio
 import logging
@@ -15,7 +18,8 @@ from eunoe.runtime.grpc_server import GrpcServer, run_process
 from eunoe.runtime.logging import configure_logging
 from eunoe.runtime.telemetry import serve_metrics
 from eunoe.state_store.config import StateStoreConfig
-from eunoe.state_store.redis_storage import RedisStorage
+from eunoe.state_store.redis_client import RedisTls
+from eunoe.state_store.redis_storage import FUNCTION_SOURCE, RedisStorage
 from eunoe.state_store.sealing import KEY_BYTES, Keyring
 from eunoe.state_store.server_check import UnsafeRedisError, check_server
 from eunoe.state_store.servicer import SERVICE_NAME, StateStoreServicer
@@ -31,9 +35,14 @@ async def serve(config: StateStoreConfig) -> None:
     Raises:
         UnsafeRedisError, Unavailable: If Redis cannot be served from.
     """
-    storage = RedisStorage(config.redis_url, num_replicas=config.num_replicas)
+    tls = RedisTls(
+        ca_file=config.redis_tls_ca_file,
+        certificate_file=config.redis_tls_certificate_file,
+        key_file=config.redis_tls_key_file,
+    )
+    storage = RedisStorage(config.redis_url, num_replicas=config.num_replicas, tls=tls)
     try:
-        await check_server(storage, allow_unsafe=config.allow_unsafe_redis)
+        await check_server(storage, allow_unsafe=config.allow_unsafe_redis, marker_file=config.data_marker_file)
         pepper = config.api_key_pepper_file.read_bytes().strip() if config.api_key_pepper_file else b""
         keyring = Keyring(_master_key(config.encryption_key_file))
         store = StateStore(Environment(storage=storage, config=config, keyring=keyring), pepper=pepper)
@@ -71,6 +80,9 @@ def build_server(store: StateStore, config: StateStoreConfig) -> GrpcServer:
 
 def main() -> int:
     """Run the process; its exit status."""
+    if sys.argv[1:] == ["print-function"]:
+        print(FUNCTION_SOURCE)
+        return 0
     configure_logging()
     try:
         asyncio.run(serve(from_env(StateStoreConfig, "EUNOE_STATE_STORE")))

@@ -5,7 +5,7 @@ from collections.abc import AsyncIterable, AsyncIterator, Sequence
 
 import xxhash
 
-from eunoe.runtime.errors import CorruptState, InvalidRequest, MissingChunk, QuotaExceeded
+from eunoe.runtime.errors import CorruptState, InvalidRequest, MissingChunk, QuotaExceeded, StreamNotFound
 from eunoe.runtime.failpoints import failpoint
 from eunoe.state_store import checkpoint_rules, keys
 from eunoe.state_store.chains import LogMark
@@ -13,10 +13,11 @@ from eunoe.state_store.checkpoint_rules import MAX_CHUNK_BYTES
 from eunoe.state_store.effects import Total
 from eunoe.state_store.log import Logs
 from eunoe.state_store.metadata import ChunkRef, Manifest, StreamMetadata
+from eunoe.state_store.storage import Delete, IndexAdd, IndexRemove
 from eunoe.state_store.transactions import Environment, Transaction, transact
 
-# Chunks written at once: other clients of Redis wait at most for one of them, and the disk is kept busy.
-_CHUNKS_IN_FLIGHT = 4
+# Chunks of a checkpoint written at once: other clients of Redis wait for as many at worst, and the disk is kept busy.
+_CHUNKS_IN_FLIGHT = 2
 _CHUNKS_PER_READ = 2
 
 
@@ -33,20 +34,28 @@ class Checkpoints:
         The stream need not exist yet: an import stages first.
 
         Raises:
-            InvalidRequest, QuotaExceeded.
+            InvalidRequest, QuotaExceeded; StreamNotFound if it was deleted meanwhile.
         """
         tenant, _ = keys.parse_name(name)
         totals = await self._environment.storage.totals(keys.totals(tenant))
         room_bytes = self._environment.quota(Total.CHECKPOINT_BYTES) - totals.get(Total.CHECKPOINT_BYTES, 0)
         ttl_ms = int(self._environment.config.staging_seconds * 1000)
         staged_bytes = 0
-        seal = self._environment.keyring.seal(tenant, await self._staging_key(name))
+        storage = self._environment.storage
+        uid, wrapped_key = await self._staged_for(name)
+        seal = self._environment.keyring.seal(tenant, wrapped_key)
+        chunk_ids: list[str] = []
         slots = asyncio.Semaphore(_CHUNKS_IN_FLIGHT)
 
         async def write(chunk_id: str, data: bytes) -> None:
             try:
                 sealed = seal.close(_chunk_identity(chunk_id), data)
-                await self._environment.storage.stage([(keys.chunk(tenant, chunk_id), sealed)], ttl_ms)
+                staging = [storage.stage([(keys.chunk(tenant, chunk_id), sealed)], ttl_ms)]
+                if uid:
+                    # A deletion must find it although no commit names it.
+                    end_ms = self._environment.now_ms() + ttl_ms
+                    staging.append(storage.apply([IndexAdd(keys.staged_index(tenant, uid), end_ms, chunk_id)]))
+                await asyncio.gather(*staging)
             finally:
                 slots.release()
 
@@ -63,12 +72,15 @@ class Checkpoints:
                         retry_after_seconds=60.0,
                     )
                 await slots.acquire()
+                chunk_ids.append(chunk_id)
                 tasks.append(asyncio.create_task(write(chunk_id, data)))
             await asyncio.gather(*tasks)
         finally:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+        if uid:
+            await self._check_still_there(name, uid, chunk_ids)
         failpoint("store.stage.done")
         return staged_bytes
 
@@ -138,18 +150,36 @@ class Checkpoints:
                     raise CorruptState(f"chunk {chunk.chunk_id} does not have its digest")
                 yield chunk.chunk_id, data
 
-    async def _staging_key(self, name: str) -> str:
-        """The wrapped key of the stream; of one that is still to be imported, a key that its creation takes up."""
+    async def _staged_for(self, name: str) -> tuple[str, str]:
+        """(uid, wrapped key) of the stream; of one that is still to be imported, "" and a key that its creation takes
+        up. One that has expired does not count: the creation begins with removing it, and its key.
+        """
         tenant, stream_id = keys.parse_name(name)
         metadata = await Transaction(self._environment, tenant).stream_or_none(name)
-        if metadata is not None:
-            return metadata.wrapped_key
+        if metadata is not None and not metadata.is_expired(self._environment.clock_ns()):
+            return metadata.uid, metadata.wrapped_key
         wrapped_key = self._environment.keyring.new_key(tenant)
         if wrapped_key:
             ttl_ms = int(self._environment.config.staging_seconds * 1000)
             pending = keys.pending_key(tenant, stream_id)
             await self._environment.storage.stage([(pending, wrapped_key.encode())], ttl_ms)
-        return await new_stream_key(self._environment, name) if wrapped_key else ""
+        return "", await new_stream_key(self._environment, name) if wrapped_key else ""
+
+    async def _check_still_there(self, name: str, uid: str, chunk_ids: Sequence[str]) -> None:
+        """Remove what was staged for a stream that was deleted meanwhile: its deletion may not have seen it.
+
+        Raises:
+            StreamNotFound.
+        """
+        tenant, _ = keys.parse_name(name)
+        metadata = await Transaction(self._environment, tenant).stream_or_none(name)
+        if metadata is None or metadata.uid != uid:
+            index = keys.staged_index(tenant, uid)
+            for chunk_id in chunk_ids:
+                await self._environment.storage.apply(
+                    [Delete(keys.chunk(tenant, chunk_id)), IndexRemove(index, chunk_id)]
+                )
+            raise StreamNotFound(f"the stream {name} was deleted")
 
 
 async def new_stream_key(environment: Environment, name: str) -> str:

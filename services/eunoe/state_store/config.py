@@ -10,9 +10,17 @@ class StateStoreConfig:
 
     listen_address: str = "127.0.0.1:7410"
     redis_url: str = "redis://127.0.0.1:6379/0"
-    """redis://[[user]:password@]host:port/db, rediss:// for TLS, unix://path for a socket."""
+    """redis://[[user]:password@]host:port/db, rediss:// for TLS, unix://path for a socket. With Sentinel
+    sentinel://[[user]:password@]host:port,host:port/service/db, sentinels:// for TLS; the user is Redis's."""
+    redis_tls_ca_file: Path | None = None
+    """Whom to trust; without it, whom the system trusts."""
+    redis_tls_certificate_file: Path | None = None
+    redis_tls_key_file: Path | None = None
     num_replicas: int = 0
-    """Replicas that must have a write before it is acknowledged: all that may become the primary."""
+    """Replicas of Redis that have a write before it is acknowledged; with fewer, writes and reads fail."""
+    data_marker_file: Path | None = None
+    """Where it is remembered which Redis has the data, on a volume of the state store's own: an empty or another one
+    is refused then. Made at the first start."""
     ready_file: Path | None = None
     """Gets {"address", "pid"} as JSON once the process serves."""
     metrics_port: int | None = None

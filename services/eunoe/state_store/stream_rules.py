@@ -11,7 +11,16 @@ from eunoe.state_store.checkpoint_rules import (
     owned,
     without_unneeded_checkpoints,
 )
-from eunoe.state_store.effects import AddToTotal, Change, Effect, ListName, RecordEntry, Total, UnlistName
+from eunoe.state_store.effects import (
+    AddToTotal,
+    Change,
+    Effect,
+    ForgetPendingKey,
+    ListName,
+    RecordEntry,
+    Total,
+    UnlistName,
+)
 from eunoe.state_store.metadata import Hold, Manifest, Reference, Settings, StreamMetadata
 
 
@@ -78,6 +87,9 @@ def create(event: Create, *, uid: str, wrapped_key: str, now_ns: int) -> Change:
         wrapped_key=wrapped_key,
     )
     effects: tuple[Effect, ...] = (AddToTotal(Total.STREAMS, 1), ListName(event.name))
+    if wrapped_key:
+        # The next stream of the name must have a key of its own, which lives and goes with it.
+        effects += (ForgetPendingKey(event.name),)
     if manifest is not None:
         check_manifest(manifest)
         if manifest.version < 1 or manifest.applied_offset != event.log_start_offset:
@@ -91,7 +103,7 @@ def create(event: Create, *, uid: str, wrapped_key: str, now_ns: int) -> Change:
                 owned(manifest, uid, read_to=manifest.applied_offset + MAX_READ_AHEAD_BYTES, chain=manifest.chain),
             ),
         )
-        effects += kept(manifest, wrapped_key)
+        effects += kept(manifest, metadata)
     elif event.log_start_offset:
         raise InvalidRequest("without a checkpoint a log starts at 0")
     return Change((metadata,), effects=effects)

@@ -15,10 +15,13 @@ from eunoe.state_store.effects import (
     AddToTotal,
     Change,
     Effect,
+    ForgetPendingKey,
+    ForgetStaged,
     KeepChunk,
     ListName,
     RecordEntry,
     RemoveChunk,
+    RemoveOutcome,
     RemoveRecord,
     Total,
     UnlistName,
@@ -70,6 +73,10 @@ class Environment:
     keyring: Keyring = field(default_factory=Keyring)
     clock_ns: Callable[[], int] = time.time_ns
     new_id: Callable[[], str] = random_id
+
+    def now_ms(self) -> int:
+        """The clock in ms, as indexes have it."""
+        return self.clock_ns() // 1_000_000
 
     def quota(self, total: Total) -> int:
         """Most that a tenant may have of a total."""
@@ -176,6 +183,8 @@ class Transaction:
             writes += (
                 Delete(keys.deleted_stream(self.tenant, record.uid)),
                 Delete(keys.log_index(self.tenant, record.uid)),
+                Delete(keys.outcome_index(self.tenant, record.uid)),
+                Delete(keys.staged_index(self.tenant, record.uid)),
                 IndexRemove(keys.deleted_uids(self.tenant), record.uid),
             )
         for effect in change.effects:
@@ -204,12 +213,23 @@ class Transaction:
                 ttl_ms = int(self.environment.config.outcome_seconds * 1000)
                 sealed = self._seal(wrapped_key).close(outcome_identity(uid, request_id), outcome)
                 writes.append(PutValue(keys.outcome(tenant, uid, request_id), sealed, ttl_ms))
-            case KeepChunk(chunk, wrapped_key):
+                writes.append(IndexAdd(keys.outcome_index(tenant, uid), self.environment.now_ms() + ttl_ms, request_id))
+            case RemoveOutcome(uid, request_id):
+                writes.append(Delete(keys.outcome(tenant, uid, request_id)))
+                writes.append(IndexRemove(keys.outcome_index(tenant, uid), request_id))
+            case KeepChunk(uid, chunk, wrapped_key):
                 key = keys.chunk(tenant, chunk.chunk_id)
                 expectations.append(ExpectStaged(key, chunk.length + self._seal(wrapped_key).overhead_bytes))
                 writes.append(Persist(key))
+                writes.append(IndexRemove(keys.staged_index(tenant, uid), chunk.chunk_id))
             case RemoveChunk(chunk):
                 writes.append(Delete(keys.chunk(tenant, chunk.chunk_id)))
+            case ForgetStaged(uid, chunk_id, removes):
+                if removes:
+                    writes.append(Delete(keys.chunk(tenant, chunk_id)))
+                writes.append(IndexRemove(keys.staged_index(tenant, uid), chunk_id))
+            case ForgetPendingKey(name):
+                writes.append(Delete(keys.pending_key(*keys.parse_name(name))))
 
     def _seal(self, wrapped_key: str) -> Seal:
         return self.environment.keyring.seal(self.tenant, wrapped_key)
