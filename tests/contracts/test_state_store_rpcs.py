@@ -166,3 +166,11 @@ async def test_a_hint_reaches_the_backlog_and_a_worker_the_directory(state_store
 
     assert list(backlog.entries) == [pb.BacklogEntry(name=name, backlog_bytes=3)]
     assert list(workers.workers) == [worker]
+
+
+async def test_a_staging_that_the_store_ends_early_says_why(state_store) -> None:
+    chunks = [("", b"no id"), *((f"chunk-{number}", bytes(1 << 20)) for number in range(16))]
+
+    for _ in range(10):
+        with pytest.raises(InvalidRequest, match="needs an id"):
+            await state_store.client.stage_chunks(f"tenants/{state_store.tenant}/streams/a", chunks)

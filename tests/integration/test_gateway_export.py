@@ -169,3 +169,10 @@ async def test_an_import_names_its_stream_once(stub: Any, export: bytes) -> None
     requests = [api.ImportStreamRequest(data=export[:50]), api.ImportStreamRequest(data=export[50:], stream_id="x")]
 
     assert isinstance(await error_of(stub.ImportStream(iter(requests))), InvalidRequest)
+
+
+async def test_a_piece_of_an_import_has_at_most_1_mib(stub: Any, export: bytes) -> None:
+    error = await error_of(imported(stub, export + bytes(1 << 20), 1 << 21))
+
+    assert isinstance(error, InvalidRequest)
+    assert "1048576" in error.message

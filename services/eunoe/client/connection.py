@@ -24,9 +24,7 @@ _LONGEST_WAIT_SECONDS = 5.0
 def error_of(rpc_error: grpc.RpcError) -> EunoeError:
     """The typed error of a failed call; a call that was cut off counts as Unavailable."""
     error = from_rpc_error(rpc_error)
-    # grpc.aio's word for a write that met the call's end; the true status is lost, and the next attempt gets it again.
-    has_met_its_end = rpc_error.details() == "Internal error from Core"
-    if has_met_its_end or rpc_error.code() is grpc.StatusCode.CANCELLED:
+    if rpc_error.code() is grpc.StatusCode.CANCELLED:
         return Unavailable(error.message)
     return error
 

@@ -304,6 +304,10 @@ def from_status(status: status_pb2.Status) -> EunoeError:
     return _BY_CODE.get(status.code, EunoeError)(status.message or name)
 
 
+# grpc.aio's word for a write that met the call's end: the true status is lost, and the next attempt may get it.
+_LOST_STATUS = "Internal error from Core"
+
+
 def from_rpc_error(error: grpc.RpcError) -> EunoeError:
     """The error that a server raised, out of what its client caught."""
     # Any: grpc and grpc.aio type it differently, and the stubs say that neither can be iterated.
@@ -312,6 +316,8 @@ def from_rpc_error(error: grpc.RpcError) -> EunoeError:
         if key == "grpc-status-details-bin":
             return from_status(status_pb2.Status.FromString(value))
     code: grpc.StatusCode = error.code()
+    if error.details() == _LOST_STATUS:
+        return Unavailable("the server ended the call while it was written to")
     return from_status(status_pb2.Status(code=code.value[0], message=error.details() or code.name))
 
 

@@ -157,6 +157,27 @@ async def test_drain_lets_a_running_call_finish_and_takes_no_new_one(serve: Any)
         await draining
 
 
+@pytest.mark.parametrize(("kind", "method"), [("unary_unary", "GetStream"), ("unary_stream", "ReadLog")])
+async def test_a_request_that_is_no_message_is_refused(serve: Any, kind: str, method: str) -> None:
+    async with serve(Servicer()) as (server, _), open_channel(server.address) as channel:
+        call = getattr(channel, kind)(f"/eunoe.internal.v1.StateStoreService/{method}")(b"\xff\xff")
+
+        with pytest.raises(grpc.RpcError) as caught:
+            await (call.read() if kind == "unary_stream" else call)
+
+    assert isinstance(from_rpc_error(caught.value), InvalidRequest)
+
+
+async def test_a_stream_of_requests_ends_with_the_one_that_is_no_message(serve: Any) -> None:
+    async with serve(Servicer()) as (server, _), open_channel(server.address) as channel:
+        requests = iter([b"\xff\xff"])
+
+        with pytest.raises(grpc.RpcError) as caught:
+            await channel.stream_unary("/eunoe.internal.v1.StateStoreService/StageChunks")(requests)
+
+    assert isinstance(from_rpc_error(caught.value), InvalidRequest)
+
+
 async def test_drain_cancels_what_outlives_the_grace(serve: Any) -> None:
     servicer = Servicer()
     async with serve(servicer) as (server, stub):
