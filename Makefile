@@ -35,6 +35,10 @@ demo-book: $(READY) ## The same with the whole book: 1.2 million tokens
 test: $(READY) ## All tests that need no model weights and no network
 	$(BIN)/pytest
 
+.PHONY: faults
+faults: $(READY) ## The fault runs in their long form: kills, pauses, lost replies, flipped bits, fuzzing (half an hour)
+	$(BIN)/pytest -m faults
+
 .PHONY: check-model
 check-model: $(READY) ## Tests on SmolLM2-135M (fetched once, 98 MB)
 	$(MODEL_CHECKS) -m "model and not full"

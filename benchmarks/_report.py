@@ -29,8 +29,9 @@ class Report:
         self._benchmark = benchmark
         self._as_json = as_json
         self.results: dict[str, float] = {}
-        described = machine()
-        self.say(f"{benchmark}: " + ", ".join(f"{name} {value}" for name, value in described.items()))
+        # Now: what is measured may set torch's threads.
+        self._machine = machine()
+        self.say(f"{benchmark}: " + ", ".join(f"{name} {value}" for name, value in self._machine.items()))
 
     def say(self, text: str) -> None:
         """A line for people."""
@@ -49,7 +50,12 @@ class Report:
     def finish(self) -> None:
         """Print the last line."""
         if self._as_json:
-            whole = {"benchmark": self._benchmark, "machine": machine(), "commit": commit(), "results": self.results}
+            whole = {
+                "benchmark": self._benchmark,
+                "machine": self._machine,
+                "commit": commit(),
+                "results": self.results,
+            }
             print(json.dumps(whole), flush=True)
 
 

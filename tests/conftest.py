@@ -7,8 +7,11 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 # The tiny model has nothing to share out: on a busy machine two threads take ten times as long as one.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import signal
+import socket
 import subprocess
 import tempfile
+import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
@@ -16,6 +19,7 @@ from pathlib import Path
 
 import grpc
 import pytest
+import redis
 
 from eunoe.clients.state_store import StateStoreClient
 from eunoe.embedded.redis_server import server_binary
@@ -42,6 +46,10 @@ class RedisServer:
         self._command += ["--dir", str(directory), *settings]
         self._process = self._started()
 
+    def pause(self, is_paused: bool = True) -> None:
+        """SIGSTOP, or SIGCONT."""
+        self._process.send_signal(signal.SIGSTOP if is_paused else signal.SIGCONT)
+
     def restart_after_kill(self) -> None:
         """Kill it as a power cut would, and start it again."""
         self._process.kill()
@@ -49,6 +57,7 @@ class RedisServer:
         self._process = self._started()
 
     def stop(self) -> None:
+        self.pause(False)
         self._process.terminate()
         self._ended()
 
@@ -91,6 +100,55 @@ def start_redis() -> Iterator[Callable[..., RedisServer]]:
 def redis_server(start_redis: Callable[..., RedisServer]) -> RedisServer:
     """One Redis for all tests: durable, so that it behaves as in production. Nobody flushes it: use your own tenant."""
     return start_redis(*SAFE_SETTINGS)
+
+
+@pytest.fixture(scope="session")
+def free_port() -> Callable[[], int]:
+    """Finds ports that nobody listened on a moment ago."""
+
+    def find() -> int:
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            port: int = probe.getsockname()[1]
+        return port
+
+    return find
+
+
+@dataclass(frozen=True)
+class ReplicatedRedis:
+    """A primary and its one replica, connected."""
+
+    primary: RedisServer
+    replica: RedisServer
+
+
+@pytest.fixture(scope="session")
+def start_replicated_redis(
+    start_redis: Callable[..., RedisServer], free_port: Callable[[], int]
+) -> Callable[[], ReplicatedRedis]:
+    """Starts a primary with a replica that has caught up with it. They have ports too, for each other."""
+
+    def start() -> ReplicatedRedis:
+        port, replica_port = (str(free_port()) for _ in range(2))
+        # Later settings win. Replicas copy at once and without a file, so that tests need not wait; nor does a primary
+        # wait at its end for a replica, which may be paused.
+        common = (*SAFE_SETTINGS, "--bind", "127.0.0.1", "--repl-diskless-sync-delay", "0", "--shutdown-timeout", "0")
+        primary = start_redis(*common, "--port", port)
+        replica = start_redis(*common, "--port", replica_port, "--replicaof", "127.0.0.1", port)
+        client = redis.Redis.from_url(primary.url)
+        deadline = time.monotonic() + 20
+        while client.wait(1, 100) < 1 or client.info("replication").get("slave0", {}).get("state") != "online":
+            assert time.monotonic() < deadline, "the replica does not connect"
+        client.close()
+        return ReplicatedRedis(primary, replica)
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def replicated_redis(start_replicated_redis: Callable[[], ReplicatedRedis]) -> ReplicatedRedis:
+    """One pair for all tests that pause none of it."""
+    return start_replicated_redis()
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,11 @@
 """The storage drivers that every contract runs over, and a state store over each."""
 
+import random
+import sys
 import uuid
 from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 import xxhash
@@ -13,12 +16,18 @@ from eunoe.state_store.log_rules import KIND_TEXT, Append
 from eunoe.state_store.memory_storage import MemoryStorage
 from eunoe.state_store.metadata import ChunkRef, DecisionRun, Lease, Manifest, Settings, StreamMetadata
 from eunoe.state_store.redis_storage import RedisStorage
+from eunoe.state_store.sealing import Keyring
 from eunoe.state_store.storage import Storage
 from eunoe.state_store.store import StateStore
 from eunoe.state_store.stream_rules import Create
 from eunoe.state_store.transactions import Environment
 
-DRIVERS = ("memory", "redis")
+_HARNESS = str(Path(__file__).parents[1] / "faults")
+if _HARNESS not in sys.path:
+    sys.path.insert(0, _HARNESS)
+from simulated_storage import SimulatedDatabase, SimulatedStorage  # noqa: E402
+
+DRIVERS = ("memory", "redis", "redis-replicated", "simulated")
 
 
 @pytest.fixture(params=DRIVERS)
@@ -27,7 +36,13 @@ async def storage(request: pytest.FixtureRequest) -> AsyncIterator[Storage]:
     if request.param == "memory":
         yield MemoryStorage()
         return
-    storage = RedisStorage(request.getfixturevalue("redis_server").url)
+    if request.param == "simulated":
+        yield SimulatedStorage(SimulatedDatabase(random.Random(0)))
+        return
+    if request.param == "redis-replicated":
+        storage = RedisStorage(request.getfixturevalue("replicated_redis").primary.url, num_replicas=1)
+    else:
+        storage = RedisStorage(request.getfixturevalue("redis_server").url)
     await storage.load_function()
     yield storage
     await storage.close()
@@ -63,9 +78,17 @@ def config() -> StateStoreConfig:
 
 
 @pytest.fixture
-async def store(storage: Storage, clock: FakeClock, config: StateStoreConfig) -> AsyncIterator[StateStore]:
+def keyring(request: pytest.FixtureRequest) -> Keyring:
+    """Over Redis everything is encrypted, in memory nothing."""
+    return Keyring(bytes(32) if "redis" in request.node.name else None)
+
+
+@pytest.fixture
+async def store(
+    storage: Storage, clock: FakeClock, config: StateStoreConfig, keyring: Keyring
+) -> AsyncIterator[StateStore]:
     """A state store without its sweeps: tests call them."""
-    store = StateStore(Environment(storage=storage, config=config, clock_ns=clock))
+    store = StateStore(Environment(storage=storage, config=config, keyring=keyring, clock_ns=clock))
     yield store
     await store.settle()
 
@@ -160,3 +183,9 @@ async def _as_stream(pairs: Iterable[tuple[str, bytes]]) -> AsyncIterator[tuple[
 @pytest.fixture
 def caller(store: StateStore, tenant: str) -> Caller:
     return Caller(store, tenant)
+
+
+@pytest.fixture
+def new_caller() -> type[Caller]:
+    """Makes callers of a test's own store."""
+    return Caller

@@ -19,11 +19,15 @@ from eunoe.runtime.grpc_channel import open_channel
 from eunoe.state_store.redis_storage import RedisStorage
 from eunoe.state_store.server_check import UnsafeRedisError, check_server
 
+SAFE_SETTINGS = ("--appendonly", "yes", "--appendfsync", "always", "--maxmemory-policy", "noeviction")
 
-async def check(url: str, *, allow_unsafe: bool = False) -> None:
-    storage = RedisStorage(url)
+
+async def check(
+    url: str, *, allow_unsafe: bool = False, num_replicas: int = 0, marker_file: Path | None = None
+) -> None:
+    storage = RedisStorage(url, num_replicas=num_replicas, wait_seconds=1.0)
     try:
-        await check_server(storage, allow_unsafe=allow_unsafe)
+        await check_server(storage, allow_unsafe=allow_unsafe, marker_file=marker_file)
     finally:
         await storage.close()
 
@@ -82,6 +86,60 @@ async def test_an_unsafe_setting_is_named_with_its_remedy(start_redis) -> None:
     await client.config_set("appendonly", "no")
     with pytest.raises(UnsafeRedisError, match=r"appendonly 'no'.*CONFIG SET appendonly yes"):
         await check(url)
+    await storage.close()
+
+
+async def test_fewer_replicas_than_asked_for_are_refused(start_replicated_redis, redis_server) -> None:
+    pair = start_replicated_redis()
+
+    await check(pair.primary.url, num_replicas=1)
+    with pytest.raises(UnsafeRedisError, match="0 replicas connected, num_replicas is 1: connect more"):
+        await check(redis_server.url, num_replicas=1)
+    with pytest.raises(UnsafeRedisError, match="is a replica"):
+        await check(pair.replica.url, num_replicas=1)
+    # It is connected still, and acknowledges nothing.
+    pair.replica.pause()
+    with pytest.raises(UnsafeRedisError, match="0 of 1 replicas acknowledged"):
+        await check(pair.primary.url, num_replicas=1)
+    await check(pair.primary.url, num_replicas=1, allow_unsafe=True)
+
+
+async def test_a_redis_that_lost_the_data_is_refused(start_redis, tmp_path: Path) -> None:
+    marker_file = tmp_path / "marker"
+    redis = start_redis(*SAFE_SETTINGS)
+    await check(redis.url, marker_file=marker_file)
+    redis.restart_after_kill()
+    await check(redis.url, marker_file=marker_file)
+    second_file = tmp_path / "marker of a second process"
+    await check(redis.url, marker_file=second_file)
+
+    assert second_file.read_text() == marker_file.read_text()
+    assert sorted(tmp_path.iterdir()) == [marker_file, second_file]
+    empty = start_redis(*SAFE_SETTINGS)
+    with pytest.raises(UnsafeRedisError, match=r"this Redis is empty.*delete the file to start anew"):
+        await check(empty.url, marker_file=marker_file)
+    await check(empty.url, marker_file=marker_file, allow_unsafe=True)
+    await check(empty.url, marker_file=tmp_path / "other marker")
+    with pytest.raises(UnsafeRedisError, match="this Redis is another one"):
+        await check(empty.url, marker_file=marker_file)
+    marker_file.unlink()
+    await check(empty.url, marker_file=marker_file)
+
+
+async def test_a_write_that_is_not_in_the_append_only_file_is_noticed(redis_server, monkeypatch) -> None:
+    storage = RedisStorage(redis_server.url)
+    info = storage.client.info
+    sizes = []
+
+    async def info_of_a_file_that_does_not_grow(*sections: str) -> dict:
+        found = await info(*sections)
+        sizes.append(found["aof_current_size"])
+        return {**found, "aof_current_size": sizes[0]}
+
+    monkeypatch.setattr(storage.client, "info", info_of_a_file_that_does_not_grow)
+    with pytest.raises(UnsafeRedisError, match="is not in Redis's append-only file"):
+        await check_server(storage, allow_unsafe=False)
+    assert sizes[1] > sizes[0]
     await storage.close()
 
 

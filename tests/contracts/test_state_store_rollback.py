@@ -103,6 +103,16 @@ async def test_a_state_that_was_folded_from_lost_records_is_not_committed(caller
     await caller.store.commit(caller.name(), manifest, fence, read=LogMark(3, (await caller.get()).log_chain))
 
 
+async def test_a_state_beyond_the_end_of_a_log_that_was_rolled_back_is_lost_and_not_invalid(caller) -> None:
+    await caller.create()
+    await caller.append(b"one")
+    fence = await caller.acquire()
+    manifest = await caller.manifest(6)
+
+    with pytest.raises(StateLost):
+        await caller.store.commit(caller.name(), manifest, fence, read=LogMark(6, OTHER_CHAIN))
+
+
 async def test_a_commit_behind_another_past_is_refused(caller) -> None:
     await caller.create()
     await caller.append(b"one")

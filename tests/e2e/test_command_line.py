@@ -98,6 +98,7 @@ def test_fork_export_import_and_rm(eunoe: Run, read_book: str, tmp_path: Path) -
     assert eunoe("import", str(tmp_path / "file"), "back", "--json").json["state_digest"] == digest
     assert eunoe("rm", "forked").code == 0
     assert eunoe("stream", "forked").code == 3
+    assert eunoe("rm", "back", "--erase", "--json").json["receipt"]["num_values_removed"] > 0
 
 
 def test_inspect_shows_the_kept_text(eunoe: Run, read_book: str) -> None:

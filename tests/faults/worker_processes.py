@@ -6,6 +6,7 @@ and started nothing: a worker of the tiny model then serves after 0.3 s instead 
 
 import asyncio
 import contextlib
+import importlib
 import json
 import multiprocessing
 import os
@@ -25,6 +26,7 @@ import grpc
 
 from eunoe.clients.state_store import StateStoreClient
 from eunoe.embedded.redis_server import answers_ping, redis_command
+from eunoe.gateway.config import GatewayConfig
 from eunoe.model_worker.config import WorkerConfig
 from eunoe.runtime.config import to_env
 from eunoe.runtime.grpc_channel import open_channel
@@ -115,6 +117,30 @@ class Worker(Process):
         return True
 
 
+class Gateway(Process):
+    """A gateway's process; `address` is empty until it serves."""
+
+    def __init__(self, store_address: str, directory: Path, settings: dict[str, Any]) -> None:
+        self._ready_file = directory / "gateway.json"
+        self.address = ""
+        defaults = {
+            "state_store_address": store_address,
+            "listen_address": "127.0.0.1:0",
+            "requires_key": False,
+            "ready_file": self._ready_file,
+        }
+        environment = to_env(GatewayConfig(**{**defaults, **settings}), "EUNOE_GATEWAY")
+        super().__init__("eunoe.gateway", environment, directory / "gateway.log")
+
+    async def serves(self) -> bool:
+        """Whether it serves by now."""
+        if self.exit_status is not None:
+            raise Fault(f"the gateway ended: {self.log_file.read_text()[-2000:]}")
+        if self._ready_file.exists():
+            self.address = json.loads(self._ready_file.read_text())["address"]
+        return bool(self.address)
+
+
 class Site:
     """Redis and a state store of one's own, and any number of workers of one model; as a context manager it runs.
 
@@ -133,6 +159,7 @@ class Site:
         self.model_name = model_path.name
         self.lease_seconds = lease_seconds
         self.workers: list[Worker] = []
+        self.gateways: list[Gateway] = []
         # Not pytest's: a socket's path ends at 107 bytes.
         self._directory = Path(tempfile.mkdtemp(prefix="eunoe-site-"))
         self._num_started = 0
@@ -183,6 +210,17 @@ class Site:
             raise Fault(f"a worker ended with status {worker.exit_status}: {worker.log_file.read_text()[-2000:]}")
         return worker
 
+    async def serving_gateway(self, **settings: Any) -> "Gateway":
+        """A gateway that serves, without API keys; settings override its config's."""
+        gateway = Gateway(self.store_address, self._directory, settings)
+        self.gateways.append(gateway)
+        await until(gateway.serves, "the gateway does not serve")
+        return gateway
+
+    @property
+    def state_store_pid(self) -> int:
+        return self._state_store.pid
+
     async def restart_state_store(self) -> None:
         """kill -9 the state store, and wait until a new one serves at its address."""
         self._state_store.end()
@@ -225,8 +263,8 @@ class Site:
         await until(is_ready, "the state store does not serve")
 
     def _end_processes(self) -> None:
-        for worker in self.workers:
-            worker.end()
+        for process in (*self.gateways, *self.workers):
+            process.end()
         if hasattr(self, "_state_store"):
             self._state_store.end()
         self._redis.kill()
@@ -258,19 +296,18 @@ def free_port() -> int:
 
 def _context() -> ForkServerContext:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["worker_processes", "eunoe.model_worker.__main__", "eunoe.state_store.__main__"])
+    mains = [f"eunoe.{name}.__main__" for name in ("model_worker", "state_store", "gateway")]
+    context.set_forkserver_preload(["worker_processes", *mains])
     return context
 
 
 def _run_module(module: str, environment: dict[str, str], log_file: str) -> None:
     """What a forked process runs."""
-    from eunoe.model_worker.__main__ import main as model_worker
     from eunoe.runtime import failpoints
-    from eunoe.state_store.__main__ import main as state_store
 
     log = os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.environ.update(environment)
     failpoints.arm_from(environment.get(failpoints.VARIABLE, ""))
-    sys.exit(model_worker() if module == "eunoe.model_worker" else state_store())
+    sys.exit(importlib.import_module(f"{module}.__main__").main())

@@ -1,6 +1,8 @@
 """Resources: making, reading, listing, forking and deleting streams; models and usage; who may see what."""
 
+import secrets
 import uuid
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -160,6 +162,31 @@ async def test_a_deleted_stream_is_gone(stub: Any, stream: str) -> None:
     await stub.DeleteStream(api.DeleteStreamRequest(name=stream))
 
     assert isinstance(await error_of(stub.GetStream(api.GetStreamRequest(name=stream))), StreamNotFound)
+
+
+async def test_an_erased_stream_is_in_no_file_and_no_log(
+    stub: Any, stream: str, append_to: Any, redis_server: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(0)
+    canary = secrets.token_hex(24).encode()
+    appending = await append_to(stub, stream)
+    await appending.record(canary)
+    await appending.finish()
+
+    def num_hits() -> int:
+        directory = Path(redis_server.url.removeprefix("unix://")).parent
+        return sum(path.read_bytes().count(canary) for path in directory.rglob("*") if path.is_file())
+
+    num_before = num_hits()
+    request = api.DeleteStreamRequest(name=stream, erase=True, request_id=secrets.token_hex(8))
+    receipt = (await stub.DeleteStream(request)).receipt
+    again = (await stub.DeleteStream(request)).receipt
+
+    assert num_before > 0
+    assert num_hits() == 0
+    assert canary.decode() not in caplog.text
+    assert (receipt.name, receipt.is_shared, receipt.num_values_removed) == (stream, False, 2)
+    assert again == receipt
 
 
 async def test_a_fork_shares_the_past_and_goes_its_own_way(stub: Any, stream: str, append_to: Any) -> None:

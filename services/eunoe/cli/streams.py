@@ -86,14 +86,22 @@ def import_(
     show_stream(imported, json_output)
 
 
-def rm(context: typer.Context, name: StreamArgument, json_output: JsonOption = False) -> None:
+def rm(
+    context: typer.Context,
+    name: StreamArgument,
+    erase: Annotated[bool, typer.Option("--erase", help="Wait until the database's files hold nothing of it.")] = False,
+    json_output: JsonOption = False,
+) -> None:
     """Remove a stream with everything that no fork shares."""
     with open_client(context) as client:
-        client.delete_stream(name)
+        receipt = client.delete_stream(name, erase=erase)
     if json_output:
-        print_json({"removed": name})
-    else:
+        print_json({"removed": name} | ({} if receipt is None else {"receipt": to_json(receipt)}))
+    elif receipt is None:
         print(f"{name} is removed")
+    else:
+        shared = "; forks or parents keep a part" if receipt.is_shared else ""
+        print(f"{name} is erased: {receipt.num_values_removed} values{shared}")
 
 
 def inspect(

@@ -14,6 +14,7 @@ is repeated while the platform is away; an append goes on by itself where it was
 
 from eunoe.api.v1.long_context_pb2 import (
     ChatTurn,
+    DeletionReceipt,
     Freshness,
     GeneratedTokens,
     GenerateSummary,
@@ -51,6 +52,7 @@ __all__ = [
     "AsyncGeneration",
     "ChatTurn",
     "Client",
+    "DeletionReceipt",
     "EunoeError",
     "FailedPrecondition",
     "Freshness",

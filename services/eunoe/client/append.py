@@ -41,6 +41,7 @@ class AppendProgress:
         applied_offset: Bytes of the log that the committed memory has taken in.
         folded_offset: Bytes of the log that the worker's running memory has taken in; at least `applied_offset`.
         num_reconnects: How often the call was opened again.
+        num_rollbacks: How often the server had lost bytes that it had acknowledged, which were sent again.
     """
 
     source_bytes_accepted: int
@@ -48,6 +49,7 @@ class AppendProgress:
     applied_offset: int
     folded_offset: int
     num_reconnects: int
+    num_rollbacks: int
 
 
 @dataclass(slots=True)
@@ -97,6 +99,7 @@ class Append:
         # The newest place of the log that the server told, presented at every new call.
         self._seen: api.LogMark | None = None
         self._is_rolled_back = False
+        self._num_rollbacks = 0
 
     async def run(self) -> api.Stream | None:
         """Send everything; returns the stream as it stood at the end, if it was to finish.
@@ -126,6 +129,7 @@ class Append:
             raise error
         logger.warning("the server lost acknowledged bytes: sending them again", extra={"problem": str(error)})
         self._seen, self._is_rolled_back = None, True
+        self._num_rollbacks += 1
         await backoff.wait(Unavailable(error.message))
 
     async def _call_once(self, backoff: Backoff) -> api.Stream | None:
@@ -262,5 +266,6 @@ class Append:
                     applied_offset=self._applied_offset,
                     folded_offset=self._folded_offset,
                     num_reconnects=self._num_calls - 1,
+                    num_rollbacks=self._num_rollbacks,
                 )
             )

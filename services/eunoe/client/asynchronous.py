@@ -19,6 +19,9 @@ from eunoe.client.source import Source, SourceLike
 from eunoe.runtime.auth import TlsConfig
 from eunoe.runtime.errors import StreamNotFound, Unavailable
 
+# The database writes its files anew meanwhile: some seconds for each GB.
+_ERASE_TIMEOUT_SECONDS = 600.0
+
 DEFAULT_ADDRESS = "127.0.0.1:8400"
 
 Turn = api.ChatTurn | tuple[str, str]
@@ -109,25 +112,36 @@ class AsyncClient:
             if not page_token:
                 return
 
-    async def delete_stream(self, stream: str) -> None:
-        """Remove a stream with everything that no fork shares."""
+    async def delete_stream(
+        self, stream: str, *, erase: bool = False, request_id: str = ""
+    ) -> api.DeletionReceipt | None:
+        """Remove a stream with everything that no fork shares.
+
+        Args:
+            stream: Which.
+            erase: Wait until the database's files hold nothing of it any more, and return a receipt.
+            request_id: Of an earlier erasure that failed, to go on with it although the stream is gone.
+        """
+        request = api.DeleteStreamRequest(name=stream_name(stream), erase=erase, request_id=request_id or _new_id())
         num_attempts = 0
 
-        async def attempt() -> None:
+        async def attempt() -> api.DeleteStreamResponse:
             nonlocal num_attempts
             num_attempts += 1
-            await self._connection.stub.DeleteStream(
-                api.DeleteStreamRequest(name=stream_name(stream)),
+            return await self._connection.stub.DeleteStream(  # type: ignore[no-any-return]
+                request,
                 metadata=self._connection.metadata,
-                timeout=UNARY_TIMEOUT_SECONDS,
+                timeout=_ERASE_TIMEOUT_SECONDS if erase else UNARY_TIMEOUT_SECONDS,
             )
 
         try:
-            await self._connection.retry(attempt)
+            response = await self._connection.retry(attempt)
         except StreamNotFound:
-            # A repeated call finds what the first one did.
-            if num_attempts == 1:
+            # A repeated call finds what the first one did; a repeated erasure finds its receipt.
+            if num_attempts == 1 or erase:
                 raise
+            return None
+        return response.receipt if erase else None
 
     async def append(
         self,

@@ -19,6 +19,8 @@ from eunoe.runtime.errors import EunoeError, Unavailable, from_rpc_error
 
 Response = TypeVar("Response")
 
+# The database writes its files anew meanwhile: some seconds for each GB.
+ERASE_SECONDS = 600.0
 _FIRST_PAUSE_SECONDS = 0.05
 _LONGEST_PAUSE_SECONDS = 1.0
 
@@ -47,7 +49,8 @@ class StateStoreClient:
         return await self._call(self._stub.ListStreams, request)
 
     async def delete_stream(self, request: pb.DeleteStreamRequest) -> pb.DeleteStreamResponse:
-        return await self._call(self._stub.DeleteStream, request)
+        seconds = ERASE_SECONDS if request.erase else self._deadline_seconds
+        return await self._repeat(lambda left: self._stub.DeleteStream(request, timeout=left), seconds)
 
     async def fork_stream(self, request: pb.ForkStreamRequest) -> pb.ForkStreamResponse:
         return await self._call(self._stub.ForkStream, request)
@@ -151,8 +154,10 @@ class StateStoreClient:
     async def _call(self, method: Callable[..., Awaitable[Response]], request: Message) -> Response:
         return await self._repeat(lambda seconds: method(request, timeout=seconds))
 
-    async def _repeat(self, start: Callable[[float], Awaitable[Response]]) -> Response:
-        pauses = _Pauses(self._deadline_seconds)
+    async def _repeat(
+        self, start: Callable[[float], Awaitable[Response]], deadline_seconds: float | None = None
+    ) -> Response:
+        pauses = _Pauses(self._deadline_seconds if deadline_seconds is None else deadline_seconds)
         while True:
             try:
                 return await start(pauses.seconds_left())

@@ -158,6 +158,7 @@ class Platform:
         environment = {
             "EUNOE_STATE_STORE_LISTEN_ADDRESS": "127.0.0.1:0",
             "EUNOE_STATE_STORE_REDIS_URL": f"unix://{socket_path}",
+            "EUNOE_STATE_STORE_DATA_MARKER_FILE": str(self.home / "redis-installation"),
             "EUNOE_STATE_STORE_READY_FILE": str(ready_file),
         }
         state_store = self._spawn("state_store", _module("eunoe.state_store"), environment)

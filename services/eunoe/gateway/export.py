@@ -9,7 +9,7 @@ from google.protobuf.message import DecodeError, Message
 
 from eunoe.api.v1 import long_context_pb2 as api
 from eunoe.clients.state_store import StateStoreClient
-from eunoe.gateway.export_format import FrameKind, FrameReader, frame, pieces
+from eunoe.gateway.export_format import PIECE_BYTES, FrameKind, FrameReader, frame, pieces
 from eunoe.gateway.models import ModelDirectory, settings_in_effect
 from eunoe.internal.v1 import state_store_pb2 as store_pb
 from eunoe.runtime.errors import BadExport, InvalidRequest, ModelMismatch
@@ -172,8 +172,14 @@ async def uploaded_pieces(
     Raises:
         InvalidRequest: If a request has more than 1 MiB, or a later one names the stream again.
     """
-    yield first.data
+    yield _checked_piece(first.data)
     async for request in requests:
         if request.stream_id or request.request_id:
             raise InvalidRequest("stream_id and request_id belong into the first request only")
-        yield request.data
+        yield _checked_piece(request.data)
+
+
+def _checked_piece(data: bytes) -> bytes:
+    if len(data) > PIECE_BYTES:
+        raise InvalidRequest(f"a request of an ImportStream has at most {PIECE_BYTES} bytes of data")
+    return data

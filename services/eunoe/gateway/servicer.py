@@ -1,5 +1,6 @@
 """LongContextService: translates each RPC into a call of the gateway's parts."""
 
+import uuid
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -79,8 +80,12 @@ class LongContextServicer(long_context_pb2_grpc.LongContextServiceServicer):
     async def DeleteStream(self, request: api.DeleteStreamRequest, context: Any) -> api.DeleteStreamResponse:
         name = resolved(request.name, current_tenant())
         self._placement.forget(name)
-        await self._store.delete_stream(store_pb.DeleteStreamRequest(name=name))
-        return api.DeleteStreamResponse()
+        # Made up here if need be: the call to the state store is repeated if the answer is lost.
+        request_id = checked_request_id(request.request_id) or uuid.uuid4().hex
+        answer = await self._store.delete_stream(
+            store_pb.DeleteStreamRequest(name=name, erase=request.erase, request_id=request_id)
+        )
+        return api.DeleteStreamResponse(receipt=answer.receipt if request.erase else None)
 
     async def Append(
         self, requests: AsyncIterator[api.AppendRequest], context: Any

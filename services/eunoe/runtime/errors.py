@@ -9,7 +9,8 @@
   + AlreadyExists            ALREADY_EXISTS
   + OffsetGap                OUT_OF_RANGE          the record starts above the accepted offset
   + FailedPrecondition       FAILED_PRECONDITION   true input, wrong state
-  |   + ContentMismatch, CarryOpen, OffsetUnavailable, ModelMismatch, MissingChunk, FoldFailed
+  |   + ContentMismatch, CarryOpen, OffsetUnavailable, ModelMismatch, MissingChunk, KeyUnavailable,
+  |     FoldFailed
   + Conflict                 ABORTED               somebody else was first: look again
   |   + NotOwner, LeaseLost, VersionConflict
   + Overloaded               RESOURCE_EXHAUSTED    retry after `retry_after_seconds`
@@ -204,6 +205,11 @@ class ModelMismatch(FailedPrecondition):
 @dataclass(eq=False)
 class MissingChunk(FailedPrecondition):
     """A commit names a chunk that is not staged (any more): stage it again."""
+
+
+@dataclass(eq=False)
+class KeyUnavailable(FailedPrecondition):
+    """A stream is encrypted, and the state store does not have the key."""
 
 
 @dataclass(eq=False)

@@ -16,8 +16,12 @@ KEEPALIVE_OPTIONS = (
     ("grpc.http2.max_pings_without_data", 0),
 )
 
+# Chunks and records have up to 1 MiB: in frames of 16 KiB, the default, receiving them takes half as much time again.
+FRAME_OPTIONS = (("grpc.http2.max_frame_size", MAX_MESSAGE_BYTES),)
+
 _OPTIONS = (
     *KEEPALIVE_OPTIONS,
+    *FRAME_OPTIONS,
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     # Whoever calls decides about retries: most calls are idempotent only as a whole.

@@ -12,7 +12,7 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from eunoe.runtime.auth import TlsConfig
-from eunoe.runtime.grpc_channel import KEEPALIVE_OPTIONS, KEEPALIVE_SECONDS, MAX_MESSAGE_BYTES
+from eunoe.runtime.grpc_channel import FRAME_OPTIONS, KEEPALIVE_OPTIONS, KEEPALIVE_SECONDS, MAX_MESSAGE_BYTES
 from eunoe.runtime.interception import ErrorInterceptor
 from eunoe.runtime.telemetry import MetricsInterceptor
 
@@ -20,6 +20,7 @@ logger = logging.getLogger(__name__)
 
 _OPTIONS = (
     *KEEPALIVE_OPTIONS,
+    *FRAME_OPTIONS,
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_metadata_size", 16 * 1024),

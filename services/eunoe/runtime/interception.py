@@ -7,6 +7,7 @@ from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanage
 from typing import Any
 
 import grpc
+from google.protobuf.message import DecodeError
 from grpc_status import rpc_status
 
 from eunoe.runtime.errors import EunoeError, InvalidRequest
@@ -72,8 +73,20 @@ class AroundInterceptor(grpc.aio.ServerInterceptor):
 class ErrorInterceptor(AroundInterceptor):
     """Turns what a handler raises into a rich status: the error tree as it says, ValueError into INVALID_ARGUMENT.
 
-    Anything else is logged and answered INTERNAL, without a word about its cause.
+    A request that is no message of its type is INVALID_ARGUMENT too. Anything else is logged and answered INTERNAL,
+    without a word about its cause.
     """
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Any:
+        async def continued(details: grpc.HandlerCallDetails) -> Any:
+            handler = await continuation(details)
+            return None if handler is None else _refusing_malformed(handler)
+
+        return await super().intercept_service(continued, handler_call_details)
 
     @asynccontextmanager
     async def around(self, method: str, context: Any) -> AsyncIterator[None]:
@@ -92,6 +105,35 @@ class ErrorInterceptor(AroundInterceptor):
                 return  # the client went away: writing to it failed, and nobody waits for an answer
             logger.exception("a call failed unexpectedly", extra={"method": method, "error": type(error).__name__})
             await _abort(context, EunoeError("internal error"))
+
+
+def _refusing_malformed(handler: Any) -> Any:
+    # grpc parses a call's only request before any interceptor runs, and by itself answers UNKNOWN: so the error takes
+    # the request's place until the handler is called. A stream's requests are parsed while the handler reads them.
+    def parse(data: bytes) -> Any:
+        try:
+            return handler.request_deserializer(data)
+        except DecodeError:
+            error = InvalidRequest("a request's bytes are no message of its type")
+            if handler.request_streaming:
+                raise error from None
+            return error
+
+    def checked(behavior: Any) -> Any:
+        def run(request: Any, context: Any) -> Any:
+            if isinstance(request, InvalidRequest):
+                raise request
+            return behavior(request, context)
+
+        return behavior and run
+
+    if handler.request_streaming:
+        return handler._replace(request_deserializer=parse)
+    return handler._replace(
+        request_deserializer=parse,
+        unary_unary=checked(handler.unary_unary),
+        unary_stream=checked(handler.unary_stream),
+    )
 
 
 async def _abort(context: Any, error: EunoeError) -> None:

@@ -65,7 +65,7 @@ def commit(
     chain = checkpoint_chain(newest_chain, manifest)
     checkpoint = owned(manifest, metadata.uid, read_to=read_to, chain=chain)
     after, freed = without_unneeded_checkpoints(replace(metadata, checkpoints=(*metadata.checkpoints, checkpoint)))
-    return Change((after,), effects=(*kept(manifest), *freed))
+    return Change((after,), effects=(*kept(manifest, metadata), *freed))
 
 
 def owned(manifest: Manifest, uid: str, *, read_to: int = 0, chain: str = "") -> Manifest:
@@ -73,9 +73,12 @@ def owned(manifest: Manifest, uid: str, *, read_to: int = 0, chain: str = "") ->
     return replace(manifest, owner_uid=uid, read_to=read_to, chain=chain)
 
 
-def kept(manifest: Manifest) -> tuple[Effect, ...]:
-    """Effects that make a manifest's staged chunks last."""
-    return (AddToTotal(Total.CHECKPOINT_BYTES, manifest.chunk_bytes), *(KeepChunk(c) for c in manifest.chunks))
+def kept(manifest: Manifest, metadata: StreamMetadata) -> tuple[Effect, ...]:
+    """Effects that make chunks last that are staged for a stream and named by its manifest."""
+    return (
+        AddToTotal(Total.CHECKPOINT_BYTES, manifest.chunk_bytes),
+        *(KeepChunk(metadata.uid, c, metadata.wrapped_key) for c in manifest.chunks),
+    )
 
 
 def without_unneeded_checkpoints(metadata: StreamMetadata) -> tuple[StreamMetadata, tuple[Effect, ...]]:

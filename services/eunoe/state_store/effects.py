@@ -54,6 +54,7 @@ class WriteRecord:
     """Write a record of the log."""
 
     uid: str
+    wrapped_key: str
     entry: RecordEntry
     data: bytes
 
@@ -71,15 +72,26 @@ class WriteOutcome:
     """Keep what a repeated remembering call is answered."""
 
     uid: str
+    wrapped_key: str
     request_id: str
     outcome: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class RemoveOutcome:
+    """Remove an outcome, whose time may have come already."""
+
+    uid: str
+    request_id: str
 
 
 @dataclass(frozen=True, slots=True)
 class KeepChunk:
     """Require that a chunk is staged with its length, and make it last."""
 
+    uid: str
     chunk: ChunkRef
+    wrapped_key: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,9 +101,35 @@ class RemoveChunk:
     chunk: ChunkRef
 
 
+@dataclass(frozen=True, slots=True)
+class ForgetStaged:
+    """Take a chunk off the list of those staged for a stream; `removes` it, unless a commit has made it last."""
+
+    uid: str
+    chunk_id: str
+    removes: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ForgetPendingKey:
+    """Remove the key that was kept for a stream while its chunks were staged."""
+
+    name: str
+
+
 Effect = (
-    AddToTotal | ListName | UnlistName | WriteRecord | RemoveRecord | WriteOutcome | KeepChunk | RemoveChunk
-)  # fmt: skip
+    AddToTotal
+    | ListName
+    | UnlistName
+    | WriteRecord
+    | RemoveRecord
+    | WriteOutcome
+    | RemoveOutcome
+    | KeepChunk
+    | RemoveChunk
+    | ForgetStaged
+    | ForgetPendingKey
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,3 +145,12 @@ class Change:
     records: tuple[StreamMetadata, ...] = ()
     dropped: tuple[StreamMetadata, ...] = ()
     effects: tuple[Effect, ...] = ()
+
+    @property
+    def num_values_removed(self) -> int:
+        """How many records of the log, chunks and outcomes it removes."""
+        return sum(
+            isinstance(effect, RemoveRecord | RemoveOutcome | RemoveChunk)
+            or (isinstance(effect, ForgetStaged) and effect.removes)
+            for effect in self.effects
+        )

@@ -72,6 +72,25 @@ def outcome(tenant: str, uid: str, request_id: str) -> str:
     return f"{_tag(tenant)}:outcome:{uid}:{request_id}"
 
 
+def outcome_index(tenant: str, uid: str) -> str:
+    """Index of a stream's outcomes by the end of their time in ms since 1970."""
+    return f"{_tag(tenant)}:outcomes:{uid}"
+
+
+def staged_index(tenant: str, uid: str) -> str:
+    """Index of chunks staged for a stream and not committed, by the end of their time in ms since 1970."""
+    return f"{_tag(tenant)}:staged:{uid}"
+
+
+def erasure(tenant: str, request_id: str) -> str:
+    return f"{_tag(tenant)}:erasure:{request_id}"
+
+
+def pending_key(tenant: str, stream_id: str) -> str:
+    """The wrapped key of a stream that is not there yet, while its chunks are staged."""
+    return f"{_tag(tenant)}:pending-key:{stream_id}"
+
+
 def chunk(tenant: str, chunk_id: str) -> str:
     return f"{_tag(tenant)}:chunk:{chunk_id}"
 

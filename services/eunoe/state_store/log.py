@@ -3,12 +3,21 @@
 from collections.abc import AsyncIterator
 
 from eunoe.runtime.errors import CorruptState, OutcomeNotFound, StateLost, StreamNotFound
+from eunoe.runtime.failpoints import failpoint
 from eunoe.state_store import keys, log_rules
 from eunoe.state_store.chains import LogMark
 from eunoe.state_store.effects import RecordEntry
 from eunoe.state_store.log_rules import Append, Appended, LogPiece
 from eunoe.state_store.metadata import StreamMetadata
-from eunoe.state_store.transactions import Environment, Transaction, member_as_entry, transact
+from eunoe.state_store.sealing import Seal
+from eunoe.state_store.transactions import (
+    Environment,
+    Transaction,
+    member_as_entry,
+    outcome_identity,
+    record_identity,
+    transact,
+)
 
 # Index entries read at once, and bytes of records: small enough that other calls of the process go on between.
 _ENTRIES_PER_READ = 64
@@ -48,7 +57,9 @@ class Logs:
                 has_outcome=has_outcome,
                 max_backlog_bytes=self._environment.config.max_backlog_bytes,
             )
+            failpoint("store.append.before-swap")
             await transaction.commit(appended.change)
+            failpoint("store.append.after-swap")
             return (appended.change.records or (metadata,))[0], appended
 
         return await transact(self._environment, tenant, decide)
@@ -116,17 +127,20 @@ class Logs:
         return member_as_entry(*rows[0]) if rows else None
 
     async def _outcome(self, tenant: str, metadata: StreamMetadata, request_id: str) -> bytes | None:
-        return (await self._environment.storage.get([keys.outcome(tenant, metadata.uid, request_id)]))[0]
+        (sealed,) = await self._environment.storage.get([keys.outcome(tenant, metadata.uid, request_id)])
+        seal = self._environment.keyring.seal(tenant, metadata.wrapped_key)
+        return None if sealed is None else seal.open(outcome_identity(metadata.uid, request_id), sealed)
 
     async def _pieces(self, tenant: str, metadata: StreamMetadata, offset: int, end: int) -> AsyncIterator[LogPiece]:
         """Records that overlap [offset, end), the first one cut at `offset`, the last one whole."""
+        seal = self._environment.keyring.seal(tenant, metadata.wrapped_key)
         while offset < end:
             uid, span_end = log_rules.span_at(metadata, offset)
-            async for piece in self._pieces_of(tenant, uid, offset, min(end, span_end)):
+            async for piece in self._pieces_of(tenant, uid, seal, offset, min(end, span_end)):
                 yield piece
                 offset = piece.offset + len(piece.data)
 
-    async def _pieces_of(self, tenant: str, uid: str, offset: int, end: int) -> AsyncIterator[LogPiece]:
+    async def _pieces_of(self, tenant: str, uid: str, seal: Seal, offset: int, end: int) -> AsyncIterator[LogPiece]:
         storage = self._environment.storage
         while offset < end:
             rows = await storage.members_by_score(keys.log_index(tenant, uid), offset, None, _ENTRIES_PER_READ)
@@ -135,9 +149,10 @@ class Logs:
                 raise _lost(offset)
             for batch in _batches(entries):
                 values = await storage.get([keys.log_record(tenant, uid, entry.start) for entry in batch])
-                for entry, value in zip(batch, values, strict=True):
-                    if value is None or len(value) != entry.end - entry.start or entry.start > offset:
+                for entry, sealed in zip(batch, values, strict=True):
+                    if sealed is None or entry.start > offset:
                         raise _lost(offset)
+                    value = seal.open(record_identity(uid, entry), sealed)
                     yield LogPiece(offset, value[offset - entry.start :], entry.kind, entry.chain)
                     offset = entry.end
 

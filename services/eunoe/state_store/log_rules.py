@@ -142,10 +142,10 @@ def append(
     entry = RecordEntry(event.offset, event.end, event.kind, len(carry), chain)
     effects: list[Effect] = [
         AddToTotal(Total.LOG_BYTES, len(event.data)),
-        WriteRecord(metadata.uid, entry, event.data),
+        WriteRecord(metadata.uid, metadata.wrapped_key, entry, event.data),
     ]
     if event.request_id:
-        effects.append(WriteOutcome(metadata.uid, event.request_id, event.outcome))
+        effects.append(WriteOutcome(metadata.uid, metadata.wrapped_key, event.request_id, event.outcome))
     return Appended(Change((after,), effects=tuple(effects)))
 
 

@@ -87,6 +87,9 @@ class MemoryStorage:
         found = [(score, member) for member, score in self._indexes[key].items() if score >= at_least]
         return [(member, score) for score, member in sorted(found, reverse=True)[:limit]]
 
+    async def erase_history(self) -> None:
+        pass
+
     async def close(self) -> None:
         pass
 

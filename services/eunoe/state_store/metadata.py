@@ -126,6 +126,7 @@ class StreamMetadata:
     Attributes:
         name: tenants/{tenant}/streams/{stream}.
         uid: Names the stream's storage; random, never used again.
+        wrapped_key: Of the values of the stream and its forks (see sealing); "" if they are not encrypted.
         own_start_offset: Records from here on are in the stream's own storage, those below in its references'.
         start_version: 0, or the version of the checkpoint that a fork or an import began with.
         checkpoints: Manifests by version: the retained ones, before them those that only forks still need.
@@ -143,6 +144,7 @@ class StreamMetadata:
     create_time_ns: int
     expire_time_ns: int | None = None
     create_request_id: str = ""
+    wrapped_key: str = ""
     own_start_offset: int = 0
     start_version: int = 0
     accepted_offset: int = 0

@@ -1,7 +1,7 @@
 """A stream's record as bytes: its digest, then JSON with a format number.
 
-Format 1 had no digest and no chains; it is still read. What is written is always the newest format. A field that this
-version does not know is kept as it is and written back, so that a store of the next version can run beside this one.
+A field that this version does not know is kept as it is and written back, so that a store of the next version can run
+beside this one.
 """
 
 import json
@@ -23,6 +23,7 @@ from eunoe.state_store.metadata import (
     StreamMetadata,
 )
 
+# Format 1, which no release wrote, had neither digest nor chains.
 FORMAT = 2
 _DIGEST_BYTES = 32
 
@@ -43,11 +44,9 @@ def decode(data: bytes) -> StreamMetadata:
         CorruptState: If the bytes are no record, are not those that were written, or are of a later format.
     """
     try:
-        content = data if data.startswith(b"{") else _verified(data)
-        fields = json.loads(content)
+        fields = json.loads(_verified(data))
         found_format = fields.pop("format")
-        # A record without a digest that claims a format with one has lost it.
-        if found_format != (1 if content is data else FORMAT):
+        if found_format != FORMAT:
             raise CorruptState(f"a stream's record has format {found_format}; this version reads {FORMAT}")
         fields["settings"] = Settings(*fields["settings"])
         fields["carry"] = bytes.fromhex(fields["carry"])

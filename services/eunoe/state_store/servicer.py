@@ -19,6 +19,7 @@ from eunoe.state_store.translation import (
     lease_to_proto,
     manifest_from_proto,
     mark_from_proto,
+    receipt_to_proto,
     record_to_proto,
     settings_from_proto,
     stream_to_proto,
@@ -64,8 +65,13 @@ class StateStoreServicer(StateStoreServiceServicer):
         return pb.ListStreamsResponse(streams=[stream_to_proto(stream) for stream in streams], has_more=has_more)
 
     async def DeleteStream(self, request: pb.DeleteStreamRequest, context: Any) -> pb.DeleteStreamResponse:
-        await self._store.streams.delete(request.name)
-        return pb.DeleteStreamResponse()
+        if not request.erase:
+            await self._store.streams.delete(request.name)
+            return pb.DeleteStreamResponse()
+        if not request.request_id:
+            raise InvalidRequest("an erasure needs a request_id: its stream is gone before it is done")
+        receipt = await self._store.erasures.erase(request.name, request.request_id)
+        return pb.DeleteStreamResponse(receipt=receipt_to_proto(receipt))
 
     async def ForkStream(self, request: pb.ForkStreamRequest, context: Any) -> pb.ForkStreamResponse:
         event = Fork(

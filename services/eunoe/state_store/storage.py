@@ -170,5 +170,12 @@ class Storage(Protocol):
     async def highest_members(self, key: str, at_least: int, limit: int) -> list[tuple[str, int]]:
         """Members with their scores, highest first."""
 
+    async def erase_history(self) -> None:
+        """Return when the database's disk holds nothing of what was removed or replaced before the call.
+
+        Raises:
+            Unavailable: Also if the database cannot write its files anew.
+        """
+
     async def close(self) -> None:
         """Let go of connections."""

@@ -11,6 +11,7 @@ from eunoe.state_store.api_keys import ApiKeys
 from eunoe.state_store.chains import LogMark
 from eunoe.state_store.checkpoints import Checkpoints
 from eunoe.state_store.effects import Total
+from eunoe.state_store.erasure import Erasures
 from eunoe.state_store.log import Logs
 from eunoe.state_store.metadata import Manifest, StreamMetadata
 from eunoe.state_store.streams import Streams
@@ -36,6 +37,7 @@ class StateStore:
         self.workers = WorkerDirectory(environment.storage, environment.config.worker_seconds)
         self.backlog = BacklogIndex(environment.storage)
         self.streams = Streams(environment, logs=self.logs, workers=self.workers, backlog=self.backlog)
+        self.erasures = Erasures(environment, self.streams)
         self.api_keys = ApiKeys(environment, pepper)
         self.sweeper = Sweeper(environment.storage, self.streams)
         self._background: set[asyncio.Task[None]] = set()

@@ -11,7 +11,16 @@ from eunoe.state_store.checkpoint_rules import (
     owned,
     without_unneeded_checkpoints,
 )
-from eunoe.state_store.effects import AddToTotal, Change, Effect, ListName, RecordEntry, Total, UnlistName
+from eunoe.state_store.effects import (
+    AddToTotal,
+    Change,
+    Effect,
+    ForgetPendingKey,
+    ListName,
+    RecordEntry,
+    Total,
+    UnlistName,
+)
 from eunoe.state_store.metadata import Hold, Manifest, Reference, Settings, StreamMetadata
 
 
@@ -49,8 +58,14 @@ def same_request(existing: StreamMetadata, request_id: str) -> StreamMetadata:
     raise AlreadyExists(f"{existing.name} exists already")
 
 
-def create(event: Create, *, uid: str, now_ns: int) -> Change:
+def create(event: Create, *, uid: str, wrapped_key: str, now_ns: int) -> Change:
     """Make a stream where there is none of that name.
+
+    Args:
+        event: The stream.
+        uid: Of the stream.
+        wrapped_key: Of the stream, and of the chunks that were staged for it.
+        now_ns: Clock.
 
     Raises:
         InvalidRequest: If model, settings or manifest cannot work.
@@ -69,8 +84,12 @@ def create(event: Create, *, uid: str, now_ns: int) -> Change:
         create_time_ns=now_ns,
         expire_time_ns=event.expire_time_ns,
         create_request_id=event.request_id,
+        wrapped_key=wrapped_key,
     )
     effects: tuple[Effect, ...] = (AddToTotal(Total.STREAMS, 1), ListName(event.name))
+    if wrapped_key:
+        # The next stream of the name must have a key of its own, which lives and goes with it.
+        effects += (ForgetPendingKey(event.name),)
     if manifest is not None:
         check_manifest(manifest)
         if manifest.version < 1 or manifest.applied_offset != event.log_start_offset:
@@ -84,7 +103,7 @@ def create(event: Create, *, uid: str, now_ns: int) -> Change:
                 owned(manifest, uid, read_to=manifest.applied_offset + MAX_READ_AHEAD_BYTES, chain=manifest.chain),
             ),
         )
-        effects += kept(manifest)
+        effects += kept(manifest, metadata)
     elif event.log_start_offset:
         raise InvalidRequest("without a checkpoint a log starts at 0")
     return Change((metadata,), effects=effects)
@@ -128,6 +147,7 @@ def fork(
         create_time_ns=now_ns,
         expire_time_ns=event.expire_time_ns,
         create_request_id=event.request_id,
+        wrapped_key=parent.wrapped_key,
         own_start_offset=at,
         accepted_offset=at,
         log_chain=_chain_at(parent, at, at_entry),

@@ -5,7 +5,8 @@ from dataclasses import replace
 
 from eunoe.runtime.errors import EunoeError, StreamNotFound
 from eunoe.state_store import keys, lease_rules, stream_rules
-from eunoe.state_store.effects import AddToTotal, Change, Effect, RemoveRecord, Total
+from eunoe.state_store.checkpoints import new_stream_key
+from eunoe.state_store.effects import AddToTotal, Change, Effect, ForgetStaged, RemoveOutcome, RemoveRecord, Total
 from eunoe.state_store.log import Logs
 from eunoe.state_store.metadata import Lease, StreamMetadata
 from eunoe.state_store.metadata_codec import decode
@@ -49,7 +50,12 @@ class Streams:
             if existing is not None:
                 return stream_rules.same_request(existing, event.request_id)
             environment = self._environment
-            change = stream_rules.create(event, uid=environment.new_id(), now_ns=environment.clock_ns())
+            change = stream_rules.create(
+                event,
+                uid=environment.new_id(),
+                wrapped_key=await new_stream_key(environment, event.name),
+                now_ns=environment.clock_ns(),
+            )
             await transaction.commit(change)
             return change.records[0]
 
@@ -121,10 +127,25 @@ class Streams:
         Raises:
             StreamNotFound: If there was none when the call came.
         """
+        await self.remove(name, (await self.get(name)).uid)
+
+    async def remove(self, name: str, uid: str) -> int:
+        """Delete the stream of that name and uid if it is still there, and what is left of it that no fork shares.
+
+        Returns:
+            How many values went: records, chunks and outcomes, those of other streams among them that only it needed.
+        """
         tenant, _ = keys.parse_name(name)
-        metadata = await self.get(name)
-        await self._delete(tenant, metadata)
-        await self.collect(tenant, name, metadata.uid)
+        metadata = await Transaction(self._environment, tenant).stream_or_none(name)
+        num_removed = 0
+        if metadata is not None and metadata.uid == uid:
+            num_removed += await self._delete(tenant, metadata)
+        return num_removed + await self.collect(tenant, name, uid)
+
+    async def is_left(self, name: str, uid: str) -> bool:
+        """Whether a stream, alive or deleted, still keeps something."""
+        transaction = Transaction(self._environment, keys.parse_name(name)[0])
+        return await self._by_uid(transaction, name, uid) is not None
 
     async def acquire(self, name: str, by: Lease, suspect: tuple[str, int] | None) -> StreamMetadata:
         """Take a stream for a worker.
@@ -174,27 +195,34 @@ class Streams:
         if metadata is not None:
             await self.collect(tenant, metadata.name, uid)
 
-    async def collect(self, tenant: str, name: str, uid: str) -> None:
+    async def collect(self, tenant: str, name: str, uid: str) -> int:
         """Clear away, in small atomic steps, what neither a stream nor its forks need. Starts anew where it stopped.
+        Returns how many values went, as `remove`.
 
         Args:
             tenant: Whose stream.
             name: The stream's name, or its former name.
             uid: The stream, alive or deleted.
         """
+        num_removed = 0
 
         async def step(transaction: Transaction) -> bool:
+            nonlocal num_removed
             metadata = await self._by_uid(transaction, name, uid)
             if metadata is None:
                 return False
             for reference in stream_rules.unneeded_references(metadata):
                 owner = await transaction.owner(reference)
-                await transaction.commit(stream_rules.release(metadata, owner, reference))
-                await self.collect(tenant, reference.owner_name, reference.owner_uid)
+                change = stream_rules.release(metadata, owner, reference)
+                await transaction.commit(change)
+                num_removed += change.num_values_removed
+                num_removed += await self.collect(tenant, reference.owner_name, reference.owner_uid)
                 return True
             effects = await self._garbage(tenant, metadata)
             if effects:
-                await transaction.commit(Change((metadata,), effects=tuple(effects)))
+                change = Change((metadata,), effects=tuple(effects))
+                await transaction.commit(change)
+                num_removed += change.num_values_removed
                 return True
             if metadata.is_deleted and not metadata.holds:
                 await transaction.commit(Change(dropped=(metadata,)))
@@ -202,6 +230,7 @@ class Streams:
 
         while await transact(self._environment, tenant, step):
             pass
+        return num_removed
 
     async def collect_quietly(self, tenant: str, name: str, uid: str) -> None:
         """`collect` for the background: what fails is logged and left to the sweep."""
@@ -211,7 +240,7 @@ class Streams:
             logger.warning("a stream was not cleared up", extra={"stream": name, "error": str(error)})
 
     async def _garbage(self, tenant: str, metadata: StreamMetadata) -> list[Effect]:
-        """Effects that remove some records of the log that nobody needs."""
+        """Effects that remove some values that nobody needs: of the log, of a deleted stream all others too."""
         index = keys.log_index(tenant, metadata.uid)
         effects: list[Effect] = []
         num_bytes = 0
@@ -221,7 +250,23 @@ class Streams:
                 entry = member_as_entry(*row)
                 num_bytes += entry.end - entry.start
                 effects.append(RemoveRecord(metadata.uid, entry))
-        return [*effects, AddToTotal(Total.LOG_BYTES, -num_bytes)] if effects else []
+        if effects:
+            effects.append(AddToTotal(Total.LOG_BYTES, -num_bytes))
+        return [*effects, *await self._short_lived_garbage(tenant, metadata)]
+
+    async def _short_lived_garbage(self, tenant: str, metadata: StreamMetadata) -> list[Effect]:
+        """Effects that remove outcomes and staged chunks: of a deleted stream, else those whose time has come."""
+        storage = self._environment.storage
+        up_to = None if metadata.is_deleted else self._environment.now_ms()
+        uid = metadata.uid
+        outcomes = await storage.members_by_score(keys.outcome_index(tenant, uid), -1, up_to, _RECORDS_PER_STEP)
+        staged = await storage.members_by_score(keys.staged_index(tenant, uid), -1, up_to, _RECORDS_PER_STEP)
+        # A staging that was repeated after the commit lists what a fork may need.
+        lasting = {chunk.chunk_id for manifest in metadata.checkpoints for chunk in manifest.chunks}
+        return [
+            *(RemoveOutcome(uid, request_id) for request_id, _ in outcomes),
+            *(ForgetStaged(uid, each, removes=metadata.is_deleted and each not in lasting) for each, _ in staged),
+        ]
 
     async def _by_uid(self, transaction: Transaction, name: str, uid: str) -> StreamMetadata | None:
         metadata = await transaction.stream_or_none(name)
@@ -229,15 +274,21 @@ class Streams:
             return metadata
         return await transaction.deleted(uid)
 
-    async def _delete(self, tenant: str, metadata: StreamMetadata) -> None:
-        async def decide(transaction: Transaction) -> None:
+    async def _delete(self, tenant: str, metadata: StreamMetadata) -> int:
+        """Delete the stream, and return how many values went with that."""
+
+        async def decide(transaction: Transaction) -> int:
             # Gone, or another stream of the name: then it was this delete, repeated, or somebody else's.
             found = await transaction.stream_or_none(metadata.name)
-            if found is not None and found.uid == metadata.uid:
-                await transaction.commit(stream_rules.delete(found))
+            if found is None or found.uid != metadata.uid:
+                return 0
+            change = stream_rules.delete(found)
+            await transaction.commit(change)
+            return change.num_values_removed
 
-        await transact(self._environment, tenant, decide)
+        num_removed = await transact(self._environment, tenant, decide)
         self._backlog.note(replace(metadata, is_deleted=True))
+        return num_removed
 
     async def _unexpired_or_none(self, transaction: Transaction, name: str) -> StreamMetadata | None:
         """The stream of that name; one that has expired is deleted first, so that the name is free."""

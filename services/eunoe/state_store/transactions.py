@@ -8,17 +8,20 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from eunoe.runtime.errors import MissingChunk, QuotaExceeded, StreamNotFound, Unavailable
+from eunoe.runtime.errors import CorruptState, MissingChunk, QuotaExceeded, StreamNotFound, Unavailable
 from eunoe.state_store import keys
 from eunoe.state_store.config import StateStoreConfig
 from eunoe.state_store.effects import (
     AddToTotal,
     Change,
     Effect,
+    ForgetPendingKey,
+    ForgetStaged,
     KeepChunk,
     ListName,
     RecordEntry,
     RemoveChunk,
+    RemoveOutcome,
     RemoveRecord,
     Total,
     UnlistName,
@@ -27,6 +30,7 @@ from eunoe.state_store.effects import (
 )
 from eunoe.state_store.metadata import Reference, StreamMetadata
 from eunoe.state_store.metadata_codec import decode, encode
+from eunoe.state_store.sealing import Keyring, Seal
 from eunoe.state_store.storage import (
     AddTotal,
     BuryRecord,
@@ -62,12 +66,17 @@ def random_id() -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Environment:
-    """What decisions cannot make up themselves: storage, limits, clock (ns since 1970) and randomness."""
+    """What decisions cannot make up themselves: storage, limits, keys, clock (ns since 1970) and randomness."""
 
     storage: Storage
     config: StateStoreConfig
+    keyring: Keyring = field(default_factory=Keyring)
     clock_ns: Callable[[], int] = time.time_ns
     new_id: Callable[[], str] = random_id
+
+    def now_ms(self) -> int:
+        """The clock in ms, as indexes have it."""
+        return self.clock_ns() // 1_000_000
 
     def quota(self, total: Total) -> int:
         """Most that a tenant may have of a total."""
@@ -174,6 +183,8 @@ class Transaction:
             writes += (
                 Delete(keys.deleted_stream(self.tenant, record.uid)),
                 Delete(keys.log_index(self.tenant, record.uid)),
+                Delete(keys.outcome_index(self.tenant, record.uid)),
+                Delete(keys.staged_index(self.tenant, record.uid)),
                 IndexRemove(keys.deleted_uids(self.tenant), record.uid),
             )
         for effect in change.effects:
@@ -191,21 +202,37 @@ class Transaction:
                 writes.append(IndexAdd(keys.stream_ids(tenant), 0, keys.parse_name(name)[1]))
             case UnlistName(name):
                 writes.append(IndexRemove(keys.stream_ids(tenant), keys.parse_name(name)[1]))
-            case WriteRecord(uid, entry, data):
-                writes.append(PutValue(keys.log_record(tenant, uid, entry.start), data, 0))
+            case WriteRecord(uid, wrapped_key, entry, data):
+                sealed = self._seal(wrapped_key).close(record_identity(uid, entry), data)
+                writes.append(PutValue(keys.log_record(tenant, uid, entry.start), sealed, 0))
                 writes.append(IndexAdd(keys.log_index(tenant, uid), entry.end, entry_as_member(entry)))
             case RemoveRecord(uid, entry):
                 writes.append(Delete(keys.log_record(tenant, uid, entry.start)))
                 writes.append(IndexRemove(keys.log_index(tenant, uid), entry_as_member(entry)))
-            case WriteOutcome(uid, request_id, outcome):
+            case WriteOutcome(uid, wrapped_key, request_id, outcome):
                 ttl_ms = int(self.environment.config.outcome_seconds * 1000)
-                writes.append(PutValue(keys.outcome(tenant, uid, request_id), outcome, ttl_ms))
-            case KeepChunk(chunk):
+                sealed = self._seal(wrapped_key).close(outcome_identity(uid, request_id), outcome)
+                writes.append(PutValue(keys.outcome(tenant, uid, request_id), sealed, ttl_ms))
+                writes.append(IndexAdd(keys.outcome_index(tenant, uid), self.environment.now_ms() + ttl_ms, request_id))
+            case RemoveOutcome(uid, request_id):
+                writes.append(Delete(keys.outcome(tenant, uid, request_id)))
+                writes.append(IndexRemove(keys.outcome_index(tenant, uid), request_id))
+            case KeepChunk(uid, chunk, wrapped_key):
                 key = keys.chunk(tenant, chunk.chunk_id)
-                expectations.append(ExpectStaged(key, chunk.length))
+                expectations.append(ExpectStaged(key, chunk.length + self._seal(wrapped_key).overhead_bytes))
                 writes.append(Persist(key))
+                writes.append(IndexRemove(keys.staged_index(tenant, uid), chunk.chunk_id))
             case RemoveChunk(chunk):
                 writes.append(Delete(keys.chunk(tenant, chunk.chunk_id)))
+            case ForgetStaged(uid, chunk_id, removes):
+                if removes:
+                    writes.append(Delete(keys.chunk(tenant, chunk_id)))
+                writes.append(IndexRemove(keys.staged_index(tenant, uid), chunk_id))
+            case ForgetPendingKey(name):
+                writes.append(Delete(keys.pending_key(*keys.parse_name(name))))
+
+    def _seal(self, wrapped_key: str) -> Seal:
+        return self.environment.keyring.seal(self.tenant, wrapped_key)
 
 
 async def transact(environment: Environment, tenant: str, decide: Callable[[Transaction], Awaitable[Result]]) -> Result:
@@ -222,11 +249,24 @@ async def transact(environment: Environment, tenant: str, decide: Callable[[Tran
     raise Unavailable(f"{_MAX_ATTEMPTS} changes of others came first")
 
 
+def record_identity(uid: str, entry: RecordEntry) -> str:
+    """What the value of a record is sealed under: all that the index says of it, so that no part of that can change."""
+    return f"record {entry_as_member(entry)}:{entry.end} of {uid}"
+
+
+def outcome_identity(uid: str, request_id: str) -> str:
+    """What the outcome of a request is sealed under."""
+    return f"outcome {request_id} of {uid}"
+
+
 def entry_as_member(entry: RecordEntry) -> str:
     """A record's place in the log's index: all of it but the end, which is the score."""
     return f"{entry.start}:{entry.kind}:{entry.carry_bytes}:{entry.chain}"
 
 
 def member_as_entry(member: str, end: int) -> RecordEntry:
-    start, kind, carry_bytes, chain = member.split(":")
-    return RecordEntry(int(start), end, int(kind), int(carry_bytes), chain)
+    try:
+        start, kind, carry_bytes, chain = member.split(":")
+        return RecordEntry(int(start), end, int(kind), int(carry_bytes), chain)
+    except ValueError:
+        raise CorruptState(f"the log's index says {member!r} of the record that ends at {end}") from None

@@ -6,6 +6,7 @@ from eunoe.api.v1 import long_context_pb2 as api
 from eunoe.internal.v1 import state_store_pb2 as pb
 from eunoe.runtime.errors import InvalidRequest
 from eunoe.state_store.chains import LogMark
+from eunoe.state_store.erasure import Receipt
 from eunoe.state_store.metadata import ChunkRef, DecisionRun, Lease, Manifest, Settings, StreamMetadata
 
 
@@ -49,6 +50,17 @@ def record_to_proto(metadata: StreamMetadata) -> pb.StreamRecord:
     if metadata.lease is not None:
         record.lease.CopyFrom(lease_to_proto(metadata.lease))
     return record
+
+
+def receipt_to_proto(receipt: Receipt) -> api.DeletionReceipt:
+    return api.DeletionReceipt(
+        name=receipt.name,
+        uid=receipt.uid,
+        delete_time=time_to_proto(receipt.delete_time_ns),
+        erase_time=time_to_proto(receipt.erase_time_ns),
+        is_shared=receipt.is_shared,
+        num_values_removed=receipt.num_values_removed,
+    )
 
 
 def manifest_to_proto(manifest: Manifest) -> pb.Manifest:

@@ -69,7 +69,8 @@ class FakeGateway(long_context_pb2_grpc.LongContextServiceServicer):
         name = self._name(request.name, context)
         del self.streams[name]
         self._begin(request, context)
-        return api.DeleteStreamResponse()
+        receipt = api.DeletionReceipt(name=name) if request.erase else None
+        return api.DeleteStreamResponse(receipt=receipt)
 
     def ListStreams(self, request: api.ListStreamsRequest, context: grpc.ServicerContext) -> Any:
         self._begin(request, context)

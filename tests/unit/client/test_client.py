@@ -44,6 +44,23 @@ def test_a_deletion_that_is_repeated_finds_its_own_work_done(gateway: Any, clien
     assert isinstance(caught.value, NotFound)
 
 
+def test_an_erasure_gives_a_receipt_and_a_deletion_none(gateway: Any, client: Client) -> None:
+    client.create_stream("new")
+
+    receipt = client.delete_stream("book", erase=True, request_id="e")
+
+    assert receipt is not None
+    assert receipt.name.endswith("/book")
+    assert (gateway.requests[-1].erase, gateway.requests[-1].request_id) == (True, "e")
+    assert client.delete_stream("new") is None
+    # A server that knows the request answers with its receipt: if it does not, nothing was erased.
+    gateway.faults = [AWAY]
+    client.create_stream("again")
+    gateway.faults = [AWAY]
+    with pytest.raises(StreamNotFound):
+        client.delete_stream("again", erase=True)
+
+
 def test_listing_fetches_page_by_page(gateway: Any, client: Client) -> None:
     for index in range(5):
         client.create_stream(f"s{index}")

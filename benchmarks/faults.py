@@ -1,0 +1,266 @@
+"""What the platform promises of streams, under faults: nothing lost, nothing twice, nothing stale, nothing torn.
+
+    python benchmarks/faults.py [--json] [--quick] [--only real,recovery]
+
+One machine, one disk; kills and truncation stand for power loss. Where nothing was found in n tries, the true rate is
+below 3/n with 95% confidence; it is printed beside. The runs themselves live in tests/faults.
+"""
+
+import asyncio
+import logging
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from _report import Report, arguments
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "faults"))
+
+SEED = 7
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What a section needs to know."""
+
+    report: Report
+    directory: Path
+    is_quick: bool
+
+    def count(self, full: int, quick: int) -> int:
+        """How many of something."""
+        return quick if self.is_quick else full
+
+
+def simulated(run: Run) -> None:
+    from simulation import simulate
+
+    figures = simulate(run.count(10_000, 300), SEED)
+    lossy = simulate(run.count(3_000, 100), SEED, loses=True)
+    _say_violations(run, figures.violations + lossy.violations)
+    run.report.add("faults_simulated", figures.num_faults + lossy.num_faults, _kinds(figures.faults_by_kind))
+    run.report.add("acknowledged_bytes_lost_simulated", figures.acknowledged_bytes_lost, _bound(figures.num_faults))
+    run.report.add("simulated_rollbacks_noticed", lossy.num_rollbacks_detected / lossy.num_rollbacks, "of all")
+
+
+def exhaustive(run: Run) -> None:
+    from exhaustive import FULL, SMALL, search
+
+    figures = search(SMALL if run.is_quick else FULL, max_seconds=3000.0)
+    _say_violations(run, [figures.violation] if figures.violation else [])
+    run.report.add("exhaustive_states", figures.num_states, f"in {figures.seconds:.0f} s, depth {figures.depth}")
+    run.report.add("exhaustive_is_closed", figures.is_closed, f"{figures.num_transitions} transitions")
+
+
+def planted(run: Run) -> None:
+    from planted_defects import DEFECTS, by_search, hunt
+
+    found = [hunt(defect) for defect in DEFECTS]
+    for caught in found:
+        run.report.say(f"    {caught.defect}: {caught.finder or 'NOT FOUND'} in {caught.seconds:.1f} s")
+    by_search_alone = [hunt(defect, {"search": by_search}) for defect in DEFECTS[: run.count(len(DEFECTS), 5)]]
+    run.report.add("planted_defects_caught", sum(bool(caught.finder) for caught in found), f"of {len(DEFECTS)}")
+    run.report.add("planted_defects_found_by_search", sum(bool(c.finder) for c in by_search_alone), "by it alone")
+    run.report.add(
+        "planted_defect_median_seconds", statistics.median(caught.seconds for caught in found), "to find one"
+    )
+
+
+def real(run: Run) -> None:
+    from store_faults import real_faults
+
+    figures = asyncio.run(real_faults(run.count(320, 10), SEED))
+    run.report.add("faults_real", figures.num_faults, _kinds(figures.faults_by_kind))
+    lost = f"of {figures.acknowledged_bytes:,} bytes; {_bound(figures.num_faults)}"
+    run.report.add("acknowledged_bytes_lost", figures.acknowledged_bytes_lost, lost)
+    run.report.add("torn_checkpoints", figures.torn_checkpoints, f"of {figures.num_checkpoints}")
+
+
+def retries(run: Run) -> None:
+    from store_faults import forced_retries
+
+    figures = asyncio.run(forced_retries(run.count(10_000, 300), SEED))
+    run.report.add("records_applied_twice", figures.records_applied_twice, f"of {figures.num_retries} forced retries")
+
+
+def promotions(run: Run) -> None:
+    from stale_replicas import stale_promotions
+
+    figures = asyncio.run(stale_promotions(run.count(200, 3), SEED, run.directory))
+    run.report.add("rollbacks_detected_share", figures.num_detected / figures.num_promotions, "of stale promotions")
+    healed = f"of {figures.num_promotions}; {figures.lost_bytes:,} acknowledged bytes were gone"
+    run.report.add("rollbacks_healed_share", figures.num_healed / figures.num_promotions, healed)
+
+
+def equality(run: Run) -> None:
+    from worker_faults import byte_equality
+
+    figures = asyncio.run(byte_equality(run.count(500, 10), SEED, _tiny_model(run)))
+    run.report.add("byte_equal_share", figures.num_equal / figures.num_runs, f"of {figures.num_runs} runs")
+    run.report.say(f"    {dict(figures.faults)}, {dict(figures.counts)}, {figures.seconds:.0f} s")
+
+
+def stale(run: Run) -> None:
+    from stale_workers import stale_commits
+
+    figures = asyncio.run(stale_commits(run.count(500, 25), SEED, _tiny_model(run)))
+    run.report.add("stale_commits_accepted", figures.num_accepted, f"of {figures.num_pauses} pauses past the lease")
+
+
+def flips(run: Run) -> None:
+    from corruption import flip_sweep
+
+    from eunoe.decoder.decoder import Decoder
+
+    decoder = Decoder.load(_tiny_model(run), num_threads=1)
+    num_flips = run.count(5_000, 200)
+    with _redis(run) as socket:
+        url = f"unix://{socket}"
+        sweeps = [
+            asyncio.run(flip_sweep(decoder, url, num_flips=num_flips, seed=SEED, is_encrypted=is_encrypted))
+            for is_encrypted in (False, True)
+        ]
+    num_detected, num_all = sum(s.num_detected for s in sweeps), sum(s.num_flips for s in sweeps)
+    run.report.add("flips_detected_share", num_detected / num_all, f"of {num_all} flipped bits, half of them encrypted")
+
+
+def stall(run: Run) -> None:
+    from write_stall import commit_throughput, ping_stall
+
+    from eunoe.clients.state_store import StateStoreClient
+    from eunoe.runtime.grpc_channel import open_channel
+
+    async def measure() -> None:
+        from gateway import process
+
+        with (
+            _redis(run) as socket,
+            process("state_store", run.directory / "store.json", redis_url=f"unix://{socket}") as address,
+        ):
+            async with open_channel(address) as channel:
+                store = StateStoreClient(channel, deadline_seconds=60.0)
+                commits = await commit_throughput(
+                    store, "commits", socket, state_mib=32, num_repeats=run.count(9, 3)
+                )  # fmt: skip
+                pings = await ping_stall(store, "pings", socket, state_mib=256, num_states=run.count(8, 2))
+        rates = f"{commits.commit_mib_per_second:.0f} of {commits.raw_mib_per_second:.0f} MiB/s"
+        run.report.add("commit_ratio", commits.commit_ratio, f"{rates}, over gRPC, of pipelined SETs")
+        syncs = f"1 MiB written and synced: median {pings.fsync_p50_ms:.1f}, at most {pings.fsync_max_ms:.1f} ms"
+        run.report.add(
+            "ping_p999_ms", pings.ping_p999_ms, f"of {pings.num_pings}, most {pings.ping_max_ms:.1f}; {syncs}"
+        )
+
+    asyncio.run(measure())
+
+
+def storm(run: Run) -> None:
+    from cancel_storm import StormFigures, cancel_storm
+    from worker_processes import Site
+
+    async def measure() -> StormFigures:
+        async with Site(_tiny_model(run)) as site:
+            await site.serving_worker()
+            gateway = await site.serving_gateway()
+            pids = {"gateway": gateway.pid, "state_store": site.state_store_pid}
+            num_calls = run.count(10_000, 1_000)
+            return await cancel_storm(gateway.address, pids, site.model_name, num_calls=num_calls, seed=SEED)
+
+    figures = asyncio.run(measure())
+    for name, mib in figures.mib_per_1000.items():
+        run.report.add(f"mib_per_1000_cancelled_{name}", mib, f"{figures.num_calls} calls")
+
+
+def fuzzed(run: Run) -> None:
+    from fuzzing import TARGETS, fuzz
+
+    full = {"state": 300_000, "record": 200_000, "metadata": 300_000, "export": 300_000}
+    figures = fuzz({target: run.count(full[target], 2_000) for target in TARGETS}, SEED)
+    run.report.add("fuzz_executions", figures.num_executions, str(figures.executions_by_target))
+    run.report.add("fuzz_crashes", figures.num_crashes, figures.output)
+
+
+def recovered(run: Run) -> None:
+    from recovery import recovery
+
+    from eunoe.embedded.models import DEFAULT_MODEL, resolve_model
+
+    _, directory = resolve_model(DEFAULT_MODEL, on_step=run.report.say)
+    figures = asyncio.run(recovery(run.count(30, 3), directory))
+    run.report.add("recovery_p50_seconds", figures.p50_seconds, f"of {len(figures.recoveries)} kills")
+    run.report.add("recovery_p99_seconds", figures.p99_seconds, f"at most {figures.max_seconds:.2f}")
+    alone = asyncio.run(recovery(run.count(3, 1), directory, num_workers=1))
+    run.report.add("restart_p50_seconds", alone.p50_seconds, "of a single worker")
+
+
+SECTIONS: dict[str, Callable[[Run], None]] = {
+    "simulated": simulated,
+    "exhaustive": exhaustive,
+    "planted": planted,
+    "real": real,
+    "retries": retries,
+    "promotions": promotions,
+    "equality": equality,
+    "stale": stale,
+    "flips": flips,
+    "stall": stall,
+    "storm": storm,
+    "fuzz": fuzzed,
+    "recovery": recovered,
+}
+
+
+def main() -> None:
+    """Run the sections and print."""
+    parser = arguments(__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--only", default="", help=f"some of: {', '.join(SECTIONS)}")
+    options = parser.parse_args()
+    wanted = [name for name in options.only.split(",") if name] or list(SECTIONS)
+    if unknown := set(wanted) - set(SECTIONS):
+        parser.error(f"no such section: {', '.join(sorted(unknown))}")
+    # What goes wrong on purpose would fill the screen.
+    logging.disable(logging.CRITICAL)
+    report = Report("faults", as_json=options.json)
+    report.say("  one machine, one disk; kills and truncation stand for power loss")
+    for name in wanted:
+        report.say(f"  {name}")
+        with tempfile.TemporaryDirectory(prefix="eunoe-faults-") as directory:
+            SECTIONS[name](Run(report, Path(directory), options.quick))
+    report.finish()
+
+
+@contextmanager
+def _redis(run: Run) -> Iterator[Path]:
+    """A durable Redis; gives its socket."""
+    from gateway import redis
+
+    with redis(run.directory):
+        yield run.directory / "redis.sock"
+
+
+def _tiny_model(run: Run) -> Path:
+    from eunoe.decoder.tiny import write_tiny_model
+
+    directory = run.directory / "tiny"
+    write_tiny_model(directory)
+    return directory
+
+
+def _say_violations(run: Run, violations: list[str]) -> None:
+    for violation in violations:
+        run.report.say(f"    BROKEN: {violation}")
+
+
+def _kinds(faults: dict[str, int]) -> str:
+    return ", ".join(f"{count} {kind}" for kind, count in faults.items())
+
+
+def _bound(num_tries: int) -> str:
+    return f"below {3 / num_tries:.1e} a fault at 95%"
+
+
+if __name__ == "__main__":
+    main()
