@@ -57,8 +57,8 @@ class RedisServer:
         self._process = self._started()
 
     def stop(self) -> None:
-        self.pause(False)
-        self._process.terminate()
+        # Not SIGTERM: a replica that is about to write its first append-only file ignores that, then and later.
+        self._process.kill()
         self._ended()
 
     def _started(self) -> subprocess.Popen[bytes]:
@@ -130,9 +130,8 @@ def start_replicated_redis(
 
     def start() -> ReplicatedRedis:
         port, replica_port = (str(free_port()) for _ in range(2))
-        # Later settings win. Replicas copy at once and without a file, so that tests need not wait; nor does a primary
-        # wait at its end for a replica, which may be paused.
-        common = (*SAFE_SETTINGS, "--bind", "127.0.0.1", "--repl-diskless-sync-delay", "0", "--shutdown-timeout", "0")
+        # Later settings win. Replicas copy at once and without a file, so that tests need not wait.
+        common = (*SAFE_SETTINGS, "--bind", "127.0.0.1", "--repl-diskless-sync-delay", "0")
         primary = start_redis(*common, "--port", port)
         replica = start_redis(*common, "--port", replica_port, "--replicaof", "127.0.0.1", port)
         client = redis.Redis.from_url(primary.url)

@@ -67,6 +67,7 @@ async def test_what_was_acknowledged_is_there_after_a_failover_and_the_new_prima
     old_address = client.sentinel_get_master_addr_by_name("eunoe")
     # More than one connection must find the new primary.
     await asyncio.gather(*(swap(storage, key, i) for i in range(20)))
+    await storage.stage([(key + "staged before", b"chunk")], 60_000)
 
     client.execute_command("SENTINEL", "FAILOVER", "eunoe")
     wait_for(lambda: client.sentinel_get_master_addr_by_name("eunoe") != old_address)
@@ -77,6 +78,8 @@ async def test_what_was_acknowledged_is_there_after_a_failover_and_the_new_prima
         Versioned(f"t{i}", b"%d" % i) for i in range(40)
     ]
     assert await storage.totals(key + "t") == {"n": 40}
+    await until_acknowledged(lambda: storage.stage([(key + "chunk", b"chunk")], 60_000))
+    assert await storage.get([key + "chunk"]) == [b"chunk"]
     new_address = client.sentinel_get_master_addr_by_name("eunoe")
     info = await storage.client.info()
     assert (info["role"], info["tcp_port"]) == ("master", new_address[1])

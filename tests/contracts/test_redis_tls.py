@@ -64,7 +64,10 @@ async def test_records_are_written_and_read_over_tls(url: str, certificates: Pat
     await storage.load_function()
     await storage.compare_and_swap("t", [], [PutRecord("eunoe:tls", b"data")])
 
+    await storage.stage([("eunoe:tls-chunk", b"chunk")], 60_000)
+
     assert await storage.read(["eunoe:tls"]) == [Versioned("t", b"data")]
+    assert await storage.get(["eunoe:tls-chunk"]) == [b"chunk"]
     await storage.close()
 
 
@@ -85,4 +88,6 @@ async def test_who_is_not_trusted_is_not_talked_to(
 
     with pytest.raises(Unavailable, match=message):
         await storage.read(["eunoe:tls"])
+    with pytest.raises(Unavailable, match=message):
+        await storage.stage([("eunoe:tls-chunk", b"chunk")], 60_000)
     await storage.close()

@@ -11,7 +11,7 @@ from eunoe.state_store.config import StateStoreConfig
 from eunoe.state_store.log_rules import Append
 from eunoe.state_store.metadata import Settings
 from eunoe.state_store.redis_storage import RedisStorage
-from eunoe.state_store.storage import AddTotal, ExpectVersion, PutRecord, Versioned
+from eunoe.state_store.storage import AddTotal, ExpectStaged, ExpectVersion, Persist, PutRecord, Versioned
 from eunoe.state_store.store import StateStore
 from eunoe.state_store.stream_rules import Create
 from eunoe.state_store.transactions import Environment
@@ -75,11 +75,17 @@ async def test_nothing_is_read_that_only_the_primary_has(pair, storage) -> None:
         await storage.read([key])
     with pytest.raises(Unavailable):
         await storage.get([key + "value"])
+    # What is staged waits for the commit's fence.
+    await storage.stage([(key + "chunk", b"bytes")], 60_000)
+    commit = [ExpectStaged(key + "chunk", 5)], [Persist(key + "chunk"), PutRecord(key + "manifest", b"")]
     with pytest.raises(Unavailable):
-        await storage.stage([(key + "chunk", b"bytes")], 60_000)
+        await storage.compare_and_swap("t2", *commit)
     pair.replica.pause(False)
 
     assert await until_acknowledged(lambda: storage.read([key])) == [Versioned("t1", b"one")]
+    replica = RedisStorage(pair.replica.url)
+    assert await replica.get([key + "chunk"]) == [b"bytes"]
+    await replica.close()
 
 
 async def test_a_repeated_append_is_not_called_a_duplicate_while_only_the_primary_has_it(pair, storage) -> None:
