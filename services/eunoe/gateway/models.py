@@ -1,5 +1,6 @@
 """Which models are served, by the worker directory, and the settings that their streams may have."""
 
+import logging
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -8,6 +9,8 @@ from eunoe.api.v1 import long_context_pb2 as api
 from eunoe.clients.state_store import StateStoreClient
 from eunoe.internal.v1 import state_store_pb2 as store_pb
 from eunoe.runtime.errors import InvalidRequest, ModelNotFound
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_KV_BUDGET_TOKENS = 1024
 DEFAULT_SEGMENT_LENGTH = 512
@@ -60,7 +63,12 @@ class ModelDirectory:
             model = api.Model()
             model.CopyFrom(worker.model)
             model.num_workers = num_workers[model.name]
-            model.default_settings.CopyFrom(settings_in_effect(api.StreamSettings(), model))
+            try:
+                model.default_settings.CopyFrom(settings_in_effect(api.StreamSettings(), model))
+            except InvalidRequest as error:
+                # One strange worker must not keep everybody from the models of the others.
+                logger.warning("a model cannot be served", extra={"model": model.name, "problem": error.message})
+                continue
             self._served[model.name] = model
         self._known |= self._served
         self._read_again = self._clock() + _CACHE_SECONDS

@@ -8,7 +8,7 @@ from google.protobuf import timestamp_pb2
 from eunoe.api.v1 import long_context_pb2 as api
 from eunoe.internal.v1 import state_store_pb2 as pb
 from eunoe.internal.v1.state_store_pb2_grpc import StateStoreServiceServicer
-from eunoe.runtime.errors import InvalidRequest
+from eunoe.runtime.errors import EunoeError, InvalidRequest
 from eunoe.state_store.api_keys import ApiKey
 from eunoe.state_store.log_rules import Append
 from eunoe.state_store.metadata import Lease
@@ -170,7 +170,13 @@ class StateStoreServicer(StateStoreServiceServicer):
                     raise InvalidRequest("one call stages chunks of one stream")
                 yield request.chunk_id, request.data
 
-        return pb.StageChunksResponse(staged_bytes=await self._store.checkpoints.stage(first.name, chunks()))
+        try:
+            return pb.StageChunksResponse(staged_bytes=await self._store.checkpoints.stage(first.name, chunks()))
+        except EunoeError:
+            # grpc.aio's client loses the status of a call that ends while it still writes: hear it out first.
+            async for _ in request_iterator:
+                pass
+            raise
 
     async def CommitCheckpoint(self, request: pb.CommitCheckpointRequest, context: Any) -> pb.CommitCheckpointResponse:
         manifest = manifest_from_proto(request.manifest)

@@ -21,6 +21,17 @@ async def test_served_models_are_sorted_and_count_their_workers(store: Any, cloc
     assert [(m.name, m.num_workers) for m in served] == [("big", 1), ("tiny", 2)]
 
 
+async def test_a_model_without_room_for_a_stream_hides_no_other(store: Any, clock: Any, model: api.Model) -> None:
+    store.workers = [a_worker(api.Model(name="broken", max_positions=0)), a_worker(model, "w2")]
+    directory = ModelDirectory(store, clock)
+
+    served = await directory.served()
+
+    assert [m.name for m in served] == ["tiny"]
+    with pytest.raises(ModelNotFound):
+        await directory.find("broken")
+
+
 async def test_an_empty_name_is_the_only_model(store: Any, clock: Any, model: api.Model) -> None:
     store.workers = [a_worker(model)]
 
