@@ -176,7 +176,8 @@ class FakeGateway(long_context_pb2_grpc.LongContextServiceServicer):
 
 def _chain(log: bytes | bytearray) -> bytes:
     """Like the store's: of the bytes up to a place, and empty before the first."""
-    return hashlib.sha256(log).digest() if log else b""
+    # A copy first: the test changes the log on another thread.
+    return hashlib.sha256(bytes(log)).digest() if log else b""
 
 
 def _abort(context: grpc.ServicerContext, error: EunoeError) -> None:
