@@ -2,6 +2,7 @@
 
 import logging
 
+from eunoe.api.v1 import long_context_pb2 as api
 from eunoe.clients.state_store import StateStoreClient
 from eunoe.decoder import state_codec
 from eunoe.decoder.decoder import Decoder
@@ -59,17 +60,21 @@ class Checkpoints:
 
         return await self._engine.call(decoded)
 
-    async def commit(self, name: str, lease: pb.Lease, snapshot: Snapshot, parent: pb.Manifest) -> pb.StreamRecord:
-        """Stage the chunks and commit the manifest as the successor of `parent`; returns the stream after it.
+    async def commit(self, name: str, lease: pb.Lease, snapshot: Snapshot, before: api.Stream) -> pb.StreamRecord:
+        """Stage the chunks and commit the manifest as the next of `before`, the stream; returns the stream after it.
 
         Raises:
             LeaseLost, VersionConflict: If another worker took the stream.
             StateLost: If the store was rolled back behind what the state was folded from.
             Unavailable: If the state store cannot be reached.
         """
-        snapshot.manifest.version = parent.version + 1
+        snapshot.manifest.version = before.checkpoint_version + 1
         request = pb.CommitCheckpointRequest(
-            name=name, lease=lease, manifest=snapshot.manifest, read=snapshot.read, parent_chain=parent.chain
+            name=name,
+            lease=lease,
+            manifest=snapshot.manifest,
+            read=snapshot.read,
+            parent_chain=before.checkpoint_chain,
         )
         for num_stagings in range(1, _MAX_STAGINGS + 1):
             failpoint("worker.before-stage")

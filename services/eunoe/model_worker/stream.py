@@ -23,7 +23,16 @@ from eunoe.model_worker.config import WorkerConfig
 from eunoe.model_worker.engine import Engine
 from eunoe.model_worker.fold import EphemeralCopy, StreamFold
 from eunoe.model_worker.memory import Admission
-from eunoe.runtime.errors import Conflict, DeadlineTooShort, EunoeError, FoldFailed, NotOwner, StateLost, Unavailable
+from eunoe.runtime.errors import (
+    Conflict,
+    CorruptState,
+    DeadlineTooShort,
+    EunoeError,
+    FoldFailed,
+    NotOwner,
+    StateLost,
+    Unavailable,
+)
 from eunoe.runtime.failpoints import failpoint
 
 logger = logging.getLogger(__name__)
@@ -132,7 +141,8 @@ class OwnedStream:
 
         Raises:
             Overloaded: If it does not fit in memory.
-            CorruptState, ModelMismatch: If its newest checkpoint cannot be used.
+            CorruptState: If no retained checkpoint can be read, and the log does not go back to its beginning.
+            ModelMismatch: If it belongs to other weights.
         """
         async with self._load_lock:
             if self._failure is not None:
@@ -170,7 +180,7 @@ class OwnedStream:
             NotOwner: If another worker took the stream, it was deleted and made anew, or the store was rolled back. The
                 stream has failed here then.
         """
-        known, mark = self._record.manifest, None if self._fold is None else self._fold.read_mark
+        known, mark = self._record.stream, None if self._fold is None else self._fold.read_mark
         try:
             request = pb.GetStreamRequest(name=self.name, seen=mark)
             record = (await self._parts.store.get_stream(request)).record
@@ -178,11 +188,13 @@ class OwnedStream:
             raise self._lost(error) from error
         if not self.is_of(record):
             raise self._lost("another worker took it")
-        # A newer one than is known here is this worker's own, whose answer is still on its way.
-        found = record.manifest
-        if found.version < known.version or (found.version == known.version and found.chain != known.chain):
+        # A newer commit than is known here is this worker's own, whose answer is still on its way.
+        found = record.stream
+        is_older = found.checkpoint_version < known.checkpoint_version
+        is_same = found.checkpoint_version == known.checkpoint_version
+        if is_older or (is_same and found.checkpoint_chain != known.checkpoint_chain):
             raise self._lost("its checkpoints were rolled back")
-        return record.stream
+        return found
 
     async def reach(self, offset: int, make: Callable[[StreamFold], T]) -> "asyncio.Future[T]":
         """A future of what `make` returns on the engine thread once all full segments below `offset` are folded."""
@@ -291,9 +303,23 @@ class OwnedStream:
         return error
 
     async def _load_state(self) -> MemoryState:
+        """The memory state of the newest checkpoint that can be read.
+
+        A damaged one is passed over: from the one before it the log is folded again, to the same state.
+        """
         parts = self._parts
-        if self._record.HasField("manifest"):
-            return await parts.checkpoints.load(self.name, self._record.manifest, self.settings)
+        while self._record.HasField("manifest"):
+            manifest = self._record.manifest
+            try:
+                return await parts.checkpoints.load(self.name, manifest, self.settings)
+            except CorruptState:
+                record = (await parts.store.get_stream(pb.GetStreamRequest(name=self.name))).record
+                if not self.is_of(record) or record.manifest == manifest:
+                    raise
+                self._record = record
+                metrics.QUARANTINES.inc()
+        if self._record.stream.log_start_offset:
+            raise CorruptState(f"{self.name} has no sound checkpoint, and its log does not go back to the beginning")
         return await parts.engine.call(lambda: parts.decoder.new_state(self.settings))
 
     def _new_fold(self, state: MemoryState) -> StreamFold:
@@ -367,7 +393,7 @@ class OwnedStream:
         start = time.monotonic()
         snapshot = await self._parts.engine.call(fold.snapshot)
         try:
-            self._record = await self._parts.checkpoints.commit(self.name, self.lease, snapshot, self._record.manifest)
+            self._record = await self._parts.checkpoints.commit(self.name, self.lease, snapshot, self._record.stream)
         except (Conflict, StateLost) as error:
             # Another worker's now, or computed from a past that the store has lost: the next owner loads what is there.
             metrics.COMMITS.labels("lease_lost" if isinstance(error, Conflict) else "rolled_back").inc()

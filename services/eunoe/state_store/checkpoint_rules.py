@@ -6,7 +6,7 @@ from eunoe.runtime.errors import InvalidRequest, ModelMismatch, StateLost, Versi
 from eunoe.state_store.chains import checkpoint_chain
 from eunoe.state_store.effects import AddToTotal, Change, Effect, KeepChunk, RemoveChunk, Total
 from eunoe.state_store.lease_rules import check_fence
-from eunoe.state_store.metadata import Manifest, StreamMetadata
+from eunoe.state_store.metadata import ChunkRef, Manifest, StreamMetadata
 
 MAX_CHUNK_BYTES = 1 << 20
 MAX_CHUNKS = 512
@@ -31,11 +31,10 @@ def commit(
         LeaseLost, VersionConflict, ModelMismatch, InvalidRequest.
         StateLost: If the worker has seen commits that are gone.
     """
-    if any(replace(c, read_to=0, chain="") == owned(manifest, metadata.uid) for c in metadata.retained):
+    if any(replace(c, read_to=0, chain="", unknown="") == owned(manifest, metadata.uid) for c in metadata.retained):
         return Change()
     check_fence(metadata, fence)
-    newest = metadata.newest
-    newest_chain = "" if newest is None else newest.chain
+    newest, newest_chain = metadata.newest, metadata.checkpoint_chain
     num_ahead = manifest.version - metadata.version
     if parent_chain is not None and (num_ahead > 1 or (num_ahead == 1 and parent_chain != newest_chain)):
         raise StateLost(
@@ -66,6 +65,18 @@ def commit(
     checkpoint = owned(manifest, metadata.uid, read_to=read_to, chain=chain)
     after, freed = without_unneeded_checkpoints(replace(metadata, checkpoints=(*metadata.checkpoints, checkpoint)))
     return Change((after,), effects=(*kept(manifest, metadata), *freed))
+
+
+def quarantine(metadata: StreamMetadata, damaged: ChunkRef) -> Change:
+    """Let nothing start any more from a checkpoint that has a damaged chunk; empty if nothing does.
+
+    It is not freed: versions and chain go on from it, and what is left of it may be looked at until it is retired.
+    """
+    checkpoints = tuple(
+        replace(c, is_quarantined=True) if damaged in c.chunks and not c.is_quarantined else c
+        for c in metadata.checkpoints
+    )
+    return Change() if checkpoints == metadata.checkpoints else Change((replace(metadata, checkpoints=checkpoints),))
 
 
 def owned(manifest: Manifest, uid: str, *, read_to: int = 0, chain: str = "") -> Manifest:

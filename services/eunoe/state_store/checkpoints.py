@@ -1,9 +1,11 @@
 """Checkpoints: staging chunks, committing a manifest that names them, reading them back."""
 
 import asyncio
+import logging
 from collections.abc import AsyncIterable, AsyncIterator, Sequence
 
 import xxhash
+from prometheus_client import Counter
 
 from eunoe.runtime.errors import CorruptState, InvalidRequest, MissingChunk, QuotaExceeded, StreamNotFound
 from eunoe.runtime.failpoints import failpoint
@@ -13,8 +15,13 @@ from eunoe.state_store.checkpoint_rules import MAX_CHUNK_BYTES
 from eunoe.state_store.effects import Total
 from eunoe.state_store.log import Logs
 from eunoe.state_store.metadata import ChunkRef, Manifest, StreamMetadata
+from eunoe.state_store.sealing import Seal
 from eunoe.state_store.storage import Delete, IndexAdd, IndexRemove
 from eunoe.state_store.transactions import Environment, Transaction, transact
+
+logger = logging.getLogger(__name__)
+
+QUARANTINES = Counter("eunoe_store_quarantines", "Times that a stored chunk was found damaged and put in quarantine")
 
 # Chunks of a checkpoint written at once: other clients of Redis wait for as many at worst, and the disk is kept busy.
 _CHUNKS_IN_FLIGHT = 2
@@ -130,7 +137,7 @@ class Checkpoints:
 
         Raises:
             StreamNotFound; MissingChunk if the stream has no such chunk (any more); CorruptState if its bytes are not
-            those that were committed.
+            those that were committed. The checkpoint is in quarantine then, and the stream's newest is an older one.
         """
         tenant, _ = keys.parse_name(name)
         metadata = await Transaction(self._environment, tenant).stream(name)
@@ -145,10 +152,37 @@ class Checkpoints:
             for chunk, sealed in zip(batch, values, strict=True):
                 if chunk not in present:
                     raise MissingChunk(f"the stream has no chunk {chunk.chunk_id}")
-                data = b"" if sealed is None else seal.open(_chunk_identity(chunk.chunk_id), sealed)
-                if len(data) != chunk.length or xxhash.xxh3_128_hexdigest(data) != chunk.digest:
-                    raise CorruptState(f"chunk {chunk.chunk_id} does not have its digest")
-                yield chunk.chunk_id, data
+                try:
+                    yield chunk.chunk_id, _opened(chunk, sealed, seal)
+                except CorruptState:
+                    yield chunk.chunk_id, await self._second_look(name, chunk, seal)
+
+    async def _second_look(self, name: str, chunk: ChunkRef, seal: Seal) -> bytes:
+        """The chunk's bytes after all, if they were damaged only on their way here.
+
+        Raises:
+            CorruptState: If they are damaged where they are stored; what they belong to is in quarantine now.
+        """
+        tenant, _ = keys.parse_name(name)
+        (sealed,) = await self._environment.storage.get([keys.chunk(tenant, chunk.chunk_id)])
+        try:
+            return _opened(chunk, sealed, seal)
+        except CorruptState as error:
+            damage = error
+
+        async def decide(transaction: Transaction) -> None:
+            change = checkpoint_rules.quarantine(await transaction.stream(name), chunk)
+            await transaction.commit(change)
+            for metadata in change.records:
+                QUARANTINES.inc()
+                newest = 0 if metadata.newest is None else metadata.newest.version
+                logger.error(
+                    "a checkpoint is damaged; an older one takes its place",
+                    extra={"stream": name, "problem": str(damage), "version": newest},
+                )
+
+        await transact(self._environment, tenant, decide)
+        raise damage
 
     async def _staged_for(self, name: str) -> tuple[str, str]:
         """(uid, wrapped key) of the stream; of one that is still to be imported, "" and a key that its creation takes
@@ -187,6 +221,18 @@ async def new_stream_key(environment: Environment, name: str) -> str:
     tenant, stream_id = keys.parse_name(name)
     (pending,) = await environment.storage.get([keys.pending_key(tenant, stream_id)])
     return environment.keyring.new_key(tenant) if pending is None else pending.decode()
+
+
+def _opened(chunk: ChunkRef, sealed: bytes | None, seal: Seal) -> bytes:
+    """The bytes of a stored chunk.
+
+    Raises:
+        CorruptState.
+    """
+    data = b"" if sealed is None else seal.open(_chunk_identity(chunk.chunk_id), sealed)
+    if len(data) != chunk.length or xxhash.xxh3_128_hexdigest(data) != chunk.digest:
+        raise CorruptState(f"chunk {chunk.chunk_id} does not have its digest")
+    return data
 
 
 def _chunks_of(metadata: StreamMetadata) -> frozenset[ChunkRef]:

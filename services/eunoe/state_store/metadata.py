@@ -96,6 +96,8 @@ class Manifest:
         read_to: No byte at or above this offset had a part in the state. The fold reads ahead of its applied offset:
             what ends a pre-token lies behind it.
         chain: Over all commits up to this one, hex.
+        is_quarantined: Its chunks were found damaged: nothing starts from it any more. It keeps its place among the
+            commits, whose versions and chain go on from it.
         unknown: Fields that a later version wrote, JSON; kept for it.
     """
 
@@ -112,6 +114,7 @@ class Manifest:
     owner_uid: str = ""
     read_to: int = 0
     chain: str = ""
+    is_quarantined: bool = False
     unknown: str = ""
 
     @property
@@ -161,16 +164,25 @@ class StreamMetadata:
 
     @property
     def version(self) -> int:
-        """Of the newest checkpoint; 0 before the first."""
+        """Of the newest commit; 0 before the first."""
         return self.checkpoints[-1].version if self.checkpoints else 0
 
     @property
+    def checkpoint_chain(self) -> str:
+        """Over all commits, hex; "" before the first."""
+        return self.checkpoints[-1].chain if self.checkpoints else ""
+
+    @property
     def newest(self) -> Manifest | None:
-        return self.checkpoints[-1] if self.checkpoints else None
+        """The newest checkpoint that a worker can start from; None is the empty memory at offset 0.
+
+        After a quarantine it is an older one: the log is there from it on, and what came after is folded again.
+        """
+        return self.usable[-1] if self.usable else None
 
     @property
     def applied_offset(self) -> int:
-        return self.checkpoints[-1].applied_offset if self.checkpoints else 0
+        return 0 if self.newest is None else self.newest.applied_offset
 
     @property
     def retained(self) -> tuple[Manifest, ...]:
@@ -178,6 +190,11 @@ class StreamMetadata:
         if self.is_deleted:
             return ()
         return tuple(c for c in self.checkpoints if c.version > self.version - NUM_RETAINED_CHECKPOINTS)
+
+    @property
+    def usable(self) -> tuple[Manifest, ...]:
+        """The retained checkpoints without those in quarantine, oldest first."""
+        return tuple(c for c in self.retained if not c.is_quarantined)
 
     @property
     def retains_beginning(self) -> bool:
@@ -188,7 +205,7 @@ class StreamMetadata:
     def checkpoint_offsets(self) -> tuple[int, ...]:
         """Offsets that a fork can start from, oldest first."""
         beginning = (0,) if self.retains_beginning else ()
-        return (*beginning, *(c.applied_offset for c in self.retained))
+        return (*beginning, *(c.applied_offset for c in self.usable))
 
     @property
     def log_start_offset(self) -> int:
@@ -196,7 +213,8 @@ class StreamMetadata:
         if self.settings.retain_log:
             shared = (r.log_from for r in self.references if r.log_from < r.log_to)
             return min(shared, default=self.own_start_offset)
-        return self.checkpoint_offsets[0]
+        # Quarantine frees nothing, and what is folded again may be committed at a lower offset than before.
+        return 0 if self.retains_beginning else min(c.applied_offset for c in self.retained)
 
     def is_expired(self, now_ns: int) -> bool:
         return self.expire_time_ns is not None and now_ns >= self.expire_time_ns

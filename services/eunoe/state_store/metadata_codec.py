@@ -32,7 +32,7 @@ def encode(metadata: StreamMetadata) -> bytes:
     """The record's bytes; equal records have equal bytes."""
     fields = _fields(metadata, StreamMetadata.__slots__)
     fields["carry"] = metadata.carry.hex()
-    fields["checkpoints"] = [_fields(manifest, Manifest.__slots__) for manifest in metadata.checkpoints]
+    fields["checkpoints"] = [_manifest_fields(manifest) for manifest in metadata.checkpoints]
     content = json.dumps({"format": FORMAT, **fields}, separators=(",", ":")).encode()
     return xxhash.xxh3_128_hexdigest(content).encode() + content
 
@@ -65,6 +65,14 @@ def _verified(data: bytes) -> bytes:
     if xxhash.xxh3_128_hexdigest(content).encode() != data[:_DIGEST_BYTES]:
         raise CorruptState("a stream's record does not have its digest")
     return content
+
+
+def _manifest_fields(manifest: Manifest) -> dict[str, Any]:
+    fields = _fields(manifest, Manifest.__slots__)
+    if not manifest.is_quarantined:
+        # Rare, and unknown to stores of before: they would keep it in every manifest.
+        del fields["is_quarantined"]
+    return fields
 
 
 def _manifest(fields: dict[str, Any]) -> Manifest:

@@ -206,6 +206,8 @@ def garbage_ranges(metadata: StreamMetadata) -> tuple[tuple[int, int], ...]:
 def _base_of_fork(parent: StreamMetadata, at: int, at_entry: RecordEntry | None) -> Manifest | None:
     """The checkpoint that a child starts from; None is the empty memory at offset 0."""
     offsets = parent.checkpoint_offsets
+    if not offsets:
+        raise OffsetUnavailable("every retained checkpoint is damaged", available="none")
     available = f"ends of records from {offsets[0]} to {parent.accepted_offset}; checkpoints at {list(offsets)}"
     if not offsets[0] <= at <= parent.accepted_offset:
         raise OffsetUnavailable(f"the stream cannot be forked at {at}", available=available)
@@ -218,7 +220,7 @@ def _base_of_fork(parent: StreamMetadata, at: int, at_entry: RecordEntry | None)
         carry_bytes = at_entry.carry_bytes
     if carry_bytes:
         raise OffsetUnavailable(f"offset {at} is inside a character", available=available)
-    usable = [c for c in parent.retained if is_end or c.read_to <= at]
+    usable = [c for c in parent.usable if is_end or c.read_to <= at]
     if not usable and not parent.retains_beginning:
         raise OffsetUnavailable(f"every retained checkpoint has read beyond {at}", available=available)
     return usable[-1] if usable else None

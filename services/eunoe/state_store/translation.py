@@ -29,6 +29,7 @@ def stream_to_proto(metadata: StreamMetadata) -> api.Stream:
         carry_bytes=len(metadata.carry),
         log_start_offset=metadata.log_start_offset,
         checkpoint_version=metadata.version,
+        checkpoint_chain=bytes.fromhex(metadata.checkpoint_chain),
         log_chain=bytes.fromhex(metadata.log_chain),
     )
     if metadata.expire_time_ns is not None:
@@ -38,7 +39,6 @@ def stream_to_proto(metadata: StreamMetadata) -> api.Stream:
         stream.state_bytes = newest.state_bytes
         stream.state_digest = newest.state_digest
         stream.policy = newest.decisions[-1].policy if newest.decisions else ""
-        stream.checkpoint_chain = bytes.fromhex(newest.chain)
     return stream
 
 
