@@ -190,6 +190,26 @@ async def state_store(redis_server: RedisServer) -> AsyncIterator[RunningStateSt
     await storage.close()
 
 
+@pytest.fixture
+def golden(request: pytest.FixtureRequest) -> Callable[[str, bytes], bytes]:
+    """Compares bytes that were written now with those of a file in `golden/` beside the test, and gives the file's.
+
+    A file that is not there is written, and the test fails once: look at it and commit it. One that is there is never
+    changed: other bytes are another version, with files of its own.
+    """
+
+    def compare(name: str, written: bytes) -> bytes:
+        path = request.path.parent / "golden" / name
+        if not path.exists():
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(written)
+            pytest.fail(f"{path} is new")
+        assert written == path.read_bytes(), f"{name} is written otherwise now: that needs a new version"
+        return written
+
+    return compare
+
+
 @pytest.fixture(scope="session")
 def smollm2_directory() -> Path:
     """SmolLM2's model directory, of the tests with the marker `model`."""
