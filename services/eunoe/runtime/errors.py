@@ -10,7 +10,7 @@
   + OffsetGap                OUT_OF_RANGE          the record starts above the accepted offset
   + FailedPrecondition       FAILED_PRECONDITION   true input, wrong state
   |   + ContentMismatch, CarryOpen, OffsetUnavailable, ModelMismatch, MissingChunk, KeyUnavailable,
-  |     UnknownVersion, FoldFailed
+  |     UnknownVersion, VocabularyMismatch, FoldFailed
   + Conflict                 ABORTED               somebody else was first: look again
   |   + NotOwner, LeaseLost, VersionConflict
   + Overloaded               RESOURCE_EXHAUSTED    retry after `retry_after_seconds`
@@ -218,6 +218,13 @@ class UnknownVersion(FailedPrecondition):
 
     found: int = field(kw_only=True)
     known: int = field(kw_only=True)
+
+
+@dataclass(eq=False)
+class VocabularyMismatch(FailedPrecondition):
+    """A log has token ids of another vocabulary than the model's, the first of them at `offset`."""
+
+    offset: int = field(kw_only=True)
 
 
 @dataclass(eq=False)
