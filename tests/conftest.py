@@ -8,7 +8,6 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import signal
-import socket
 import subprocess
 import tempfile
 import time
@@ -22,15 +21,14 @@ import pytest
 import redis
 
 from eunoe.clients.state_store import StateStoreClient
-from eunoe.embedded.redis_server import server_binary
+from eunoe.embedded.processes import free_ports
+from eunoe.embedded.redis_server import DURABLE_SETTINGS, server_binary
 from eunoe.runtime.grpc_channel import open_channel
 from eunoe.state_store.__main__ import build_server
 from eunoe.state_store.config import StateStoreConfig
 from eunoe.state_store.redis_storage import RedisStorage
 from eunoe.state_store.store import StateStore
 from eunoe.state_store.transactions import Environment
-
-SAFE_SETTINGS = ("--appendonly", "yes", "--appendfsync", "always", "--maxmemory-policy", "noeviction", "--save", "")
 
 
 class RedisServer:
@@ -99,19 +97,7 @@ def start_redis() -> Iterator[Callable[..., RedisServer]]:
 @pytest.fixture(scope="session")
 def redis_server(start_redis: Callable[..., RedisServer]) -> RedisServer:
     """One Redis for all tests: durable, so that it behaves as in production. Nobody flushes it: use your own tenant."""
-    return start_redis(*SAFE_SETTINGS)
-
-
-@pytest.fixture(scope="session")
-def free_port() -> Callable[[], int]:
-    """Finds ports that nobody listened on a moment ago."""
-
-    def find() -> int:
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            port: int = probe.getsockname()[1]
-        return port
-
-    return find
+    return start_redis(*DURABLE_SETTINGS)
 
 
 @dataclass(frozen=True)
@@ -123,15 +109,13 @@ class ReplicatedRedis:
 
 
 @pytest.fixture(scope="session")
-def start_replicated_redis(
-    start_redis: Callable[..., RedisServer], free_port: Callable[[], int]
-) -> Callable[[], ReplicatedRedis]:
+def start_replicated_redis(start_redis: Callable[..., RedisServer]) -> Callable[[], ReplicatedRedis]:
     """Starts a primary with a replica that has caught up with it. They have ports too, for each other."""
 
     def start() -> ReplicatedRedis:
-        port, replica_port = (str(free_port()) for _ in range(2))
+        port, replica_port = map(str, free_ports(2))
         # Later settings win. Replicas copy at once and without a file, so that tests need not wait.
-        common = (*SAFE_SETTINGS, "--bind", "127.0.0.1", "--repl-diskless-sync-delay", "0")
+        common = (*DURABLE_SETTINGS, "--bind", "127.0.0.1", "--repl-diskless-sync-delay", "0")
         primary = start_redis(*common, "--port", port)
         replica = start_redis(*common, "--port", replica_port, "--replicaof", "127.0.0.1", port)
         client = redis.Redis.from_url(primary.url)
@@ -188,6 +172,26 @@ async def state_store(redis_server: RedisServer) -> AsyncIterator[RunningStateSt
         )
     await server.drain(0)
     await storage.close()
+
+
+@pytest.fixture
+def golden(request: pytest.FixtureRequest) -> Callable[[str, bytes], bytes]:
+    """Compares bytes that were written now with those of a file in `golden/` beside the test, and gives the file's.
+
+    A file that is not there is written, and the test fails once: look at it and commit it. One that is there is never
+    changed: other bytes are another version, with files of its own.
+    """
+
+    def compare(name: str, written: bytes) -> bytes:
+        path = request.path.parent / "golden" / name
+        if not path.exists():
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(written)
+            pytest.fail(f"{path} is new")
+        assert written == path.read_bytes(), f"{name} is written otherwise now: that needs a new version"
+        return written
+
+    return compare
 
 
 @pytest.fixture(scope="session")

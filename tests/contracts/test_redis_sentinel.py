@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import redis
 
+from eunoe.embedded.processes import free_ports
 from eunoe.embedded.redis_server import server_binary
 from eunoe.runtime.errors import Unavailable
 from eunoe.state_store.redis_client import RedisTls, open_client
@@ -20,13 +21,13 @@ PATIENCE_SECONDS = 60
 
 
 @pytest.fixture
-def sentinel(start_replicated_redis, free_port, tmp_path: Path) -> Iterator[tuple[redis.Redis, str]]:
+def sentinel(start_replicated_redis, tmp_path: Path) -> Iterator[tuple[redis.Redis, str]]:
     """(a connection to a Sentinel that knows of a primary and its replica, the URL for a state store)."""
     pair = start_replicated_redis()
     with redis.Redis.from_url(pair.replica.url) as replica:
         primary_port = replica.info("replication")["master_port"]
     configuration = tmp_path / "sentinel.conf"
-    port = free_port()
+    (port,) = free_ports(1)
     configuration.write_text(
         f"port {port}\nbind 127.0.0.1\ndir {tmp_path}\n"
         f"sentinel monitor eunoe 127.0.0.1 {primary_port} 1\n"

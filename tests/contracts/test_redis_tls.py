@@ -11,6 +11,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
+from eunoe.embedded.processes import free_ports
 from eunoe.embedded.redis_server import server_binary
 from eunoe.runtime.errors import Unavailable
 from eunoe.state_store.redis_client import RedisTls
@@ -41,12 +42,12 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def url(start_redis, free_port, certificates: Path) -> str:
+def url(start_redis, certificates: Path) -> str:
     """Of a server that asks for certificates."""
     linked = subprocess.run(["ldd", server_binary()], capture_output=True, text=True, check=False).stdout
     if "libssl" not in linked:
         pytest.skip(f"{server_binary()} is built without TLS")
-    port = str(free_port())
+    port = str(free_ports(1)[0])
     files = {"cert": "ours.pem", "key": "ours.key", "ca-cert": "ours.pem"}
     settings = [part for name, file in files.items() for part in (f"--tls-{name}-file", str(certificates / file))]
     start_redis("--bind", "127.0.0.1", "--tls-port", port, *settings)

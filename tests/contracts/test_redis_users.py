@@ -11,6 +11,7 @@ import pytest
 import redis.asyncio as redis
 from redis.exceptions import NoPermissionError
 
+from eunoe.embedded.redis_server import DURABLE_SETTINGS
 from eunoe.internal.v1 import state_store_pb2 as pb
 from eunoe.runtime.errors import StreamNotFound, Unavailable
 from eunoe.state_store.effects import Total
@@ -22,14 +23,13 @@ from eunoe.state_store.stream_rules import Fork
 
 WORKER = Lease("w1", 0, "host:1")
 REPOSITORY = Path(__file__).parents[2]
-SAFE_SETTINGS = ("--appendonly", "yes", "--appendfsync", "always", "--maxmemory-policy", "noeviction")
 STORE_USER = {"username": "eunoe-state-store", "password": "change-me"}
 DEPLOY_USER = {"username": "eunoe-deploy", "password": "change-me-too"}
 
 
 @pytest.fixture(scope="module")
 def server(start_redis):
-    return start_redis(*SAFE_SETTINGS, "--include", str(REPOSITORY / "deploy/redis/users.conf"))
+    return start_redis(*DURABLE_SETTINGS, "--include", str(REPOSITORY / "deploy/redis/users.conf"))
 
 
 @pytest.fixture
@@ -124,7 +124,7 @@ async def test_the_deploying_user_can_read_and_write_nothing(server) -> None:
 
 
 async def test_without_the_function_the_refusal_says_how_to_load_it(start_redis) -> None:
-    server = start_redis(*SAFE_SETTINGS, "--include", str(REPOSITORY / "deploy/redis/users.conf"))
+    server = start_redis(*DURABLE_SETTINGS, "--include", str(REPOSITORY / "deploy/redis/users.conf"))
     storage = RedisStorage(url_as(STORE_USER, server.url))
 
     with pytest.raises(Unavailable, match=r"print-function \| redis-cli -x FUNCTION LOAD REPLACE"):

@@ -11,6 +11,7 @@ from unittest.mock import AsyncMock
 import pytest
 
 from eunoe.api.v1 import long_context_pb2 as api
+from eunoe.embedded.redis_server import DURABLE_SETTINGS
 from eunoe.internal.v1 import state_store_pb2 as pb
 from eunoe.runtime.errors import CorruptState, InvalidRequest, StreamNotFound, Unavailable
 from eunoe.state_store import keys
@@ -20,8 +21,6 @@ from eunoe.state_store.sealing import Keyring
 from eunoe.state_store.store import StateStore
 from eunoe.state_store.stream_rules import Create, Fork
 from eunoe.state_store.transactions import Environment
-
-SAFE = ("--appendonly", "yes", "--appendfsync", "always", "--maxmemory-policy", "noeviction")
 
 
 class TestErasure:
@@ -216,7 +215,7 @@ async def disk(
     request: pytest.FixtureRequest, start_redis: Any, tenant: str, config: Any, new_caller: Any
 ) -> AsyncIterator[Disk]:
     # Uncompressed: a canary that a snapshot had packed would not be found although it is there.
-    server = start_redis(*SAFE, "--rdbcompression", "no", "--save", "3600 1")
+    server = start_redis(*DURABLE_SETTINGS, "--rdbcompression", "no", "--save", "3600 1")
     storage = RedisStorage(server.url)
     await storage.load_function()
     keyring = Keyring(secrets.token_bytes(32) if request.param == "encrypted" else None)

@@ -13,13 +13,12 @@ import pytest
 
 from eunoe.api.v1 import long_context_pb2 as api
 from eunoe.clients.state_store import StateStoreClient
+from eunoe.embedded.redis_server import DURABLE_SETTINGS
 from eunoe.internal.v1 import state_store_pb2 as pb
 from eunoe.runtime.errors import Unavailable
 from eunoe.runtime.grpc_channel import open_channel
 from eunoe.state_store.redis_storage import RedisStorage
 from eunoe.state_store.server_check import UnsafeRedisError, check_server
-
-SAFE_SETTINGS = ("--appendonly", "yes", "--appendfsync", "always", "--maxmemory-policy", "noeviction")
 
 
 async def check(
@@ -106,7 +105,7 @@ async def test_fewer_replicas_than_asked_for_are_refused(start_replicated_redis,
 
 async def test_a_redis_that_lost_the_data_is_refused(start_redis, tmp_path: Path) -> None:
     marker_file = tmp_path / "marker"
-    redis = start_redis(*SAFE_SETTINGS)
+    redis = start_redis(*DURABLE_SETTINGS)
     await check(redis.url, marker_file=marker_file)
     redis.restart_after_kill()
     await check(redis.url, marker_file=marker_file)
@@ -115,7 +114,7 @@ async def test_a_redis_that_lost_the_data_is_refused(start_redis, tmp_path: Path
 
     assert second_file.read_text() == marker_file.read_text()
     assert sorted(tmp_path.iterdir()) == [marker_file, second_file]
-    empty = start_redis(*SAFE_SETTINGS)
+    empty = start_redis(*DURABLE_SETTINGS)
     with pytest.raises(UnsafeRedisError, match=r"this Redis is empty.*delete the file to start anew"):
         await check(empty.url, marker_file=marker_file)
     await check(empty.url, marker_file=marker_file, allow_unsafe=True)

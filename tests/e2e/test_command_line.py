@@ -101,6 +101,22 @@ def test_fork_export_import_and_rm(eunoe: Run, read_book: str, tmp_path: Path) -
     assert eunoe("rm", "back", "--erase", "--json").json["receipt"]["num_values_removed"] > 0
 
 
+def test_rebuild_reads_the_log_anew(eunoe: Run, client: Client, read_book: str, tmp_path: Path) -> None:
+    rebuilt = eunoe("rebuild", read_book, "rebuilt", "--model", "tiny", "--json")
+    assert (rebuilt.json["accepted_offset"], rebuilt.json["tokens"]) == (len(TEXT), 0)
+    assert "reads 19,200 bytes" in rebuilt.error
+    digest = client.append("rebuilt", b"").state_digest
+    assert digest == client.get_stream(read_book).state_digest
+
+    client.export_stream(read_book, tmp_path / "file")
+    client.import_stream((tmp_path / "file").read_bytes(), "without-its-beginning")
+    refused = eunoe("rebuild", "without-its-beginning", "x", "--model", "tiny")
+    assert (refused.code, refused.output, refused.error.count("\n")) == (1, "", 1)
+    assert "OFFSET_UNAVAILABLE" in refused.error
+    assert "retain_log=true" in refused.error
+    assert eunoe("rebuild", read_book, "x", "--model", "nobody").code == 3
+
+
 def test_inspect_shows_the_kept_text(eunoe: Run, read_book: str) -> None:
     shown = eunoe("inspect", read_book)
     assert "tokens are gone" in shown.output

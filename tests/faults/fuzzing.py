@@ -65,7 +65,7 @@ def state_target() -> tuple[Target, list[bytes]]:
     from eunoe.decoder.config import Dtypes
     from eunoe.decoder.memory_state import MemorySettings, MemoryState
     from eunoe.decoder.tiny import tiny_config
-    from eunoe.runtime.errors import CorruptState
+    from eunoe.runtime.errors import CorruptState, UnknownVersion
 
     torch.set_num_threads(1)
     config, dtypes = tiny_config(), Dtypes.float32()
@@ -82,7 +82,7 @@ def state_target() -> tuple[Target, list[bytes]]:
             header = data[: header_bytes - 16] + xxhash.xxh3_128_digest(payload)
             data = header + xxhash.xxh3_128_digest(header) + payload
         cut = len(data) // 2
-        with suppress(CorruptState):
+        with suppress(CorruptState, UnknownVersion):
             decoded = state_codec.decode([data[:cut], data[cut:]], config, settings, dtypes)
             assert b"".join(state_codec.encode(decoded)) == data, "another state was read than was written"
 
@@ -134,7 +134,7 @@ def metadata_target() -> tuple[Target, list[bytes]]:
     """A stream's record, members of a log's index, sealed values; records get a right digest."""
     import xxhash
 
-    from eunoe.runtime.errors import CorruptState, KeyUnavailable
+    from eunoe.runtime.errors import CorruptState, KeyUnavailable, UnknownVersion
     from eunoe.state_store.metadata import Settings, StreamMetadata
     from eunoe.state_store.metadata_codec import decode, encode
     from eunoe.state_store.sealing import CipherSeal, DigestSeal, Keyring
@@ -145,7 +145,7 @@ def metadata_target() -> tuple[Target, list[bytes]]:
     seals, keyring = (DigestSeal(), CipherSeal(bytes(32))), Keyring(bytes(32))
 
     def target(data: bytes) -> None:
-        with suppress(CorruptState):
+        with suppress(CorruptState, UnknownVersion):
             encode(decode(xxhash.xxh3_128_hexdigest(data).encode() + data))
         with suppress(CorruptState):
             member_as_entry(data.decode(errors="replace"), 4)

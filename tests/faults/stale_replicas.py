@@ -15,11 +15,11 @@ from pathlib import Path
 
 from fault_proxy import FaultProxy
 from store_processes import RedisProcess, StateStoreProcess, storage_at, until
-from worker_processes import free_port
 
 from eunoe.api.v1 import long_context_pb2 as api
 from eunoe.client import AppendProgress, AsyncClient
 from eunoe.clients.state_store import StateStoreClient
+from eunoe.embedded.processes import free_ports
 from eunoe.gateway.config import GatewayConfig
 from eunoe.gateway.gateway import Gateway
 from eunoe.internal.v1 import state_store_pb2 as pb
@@ -162,7 +162,7 @@ class _Pair:
     def _redis(self) -> RedisProcess:
         self._num_started += 1
         directory = self._directory / f"redis{self._num_started}"
-        return RedisProcess(directory, "--repl-diskless-sync-delay", "0", port=free_port())
+        return RedisProcess(directory, "--repl-diskless-sync-delay", "0", port=free_ports(1)[0])
 
 
 class _Source(io.BytesIO):

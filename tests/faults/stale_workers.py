@@ -19,9 +19,10 @@ from disturbed_stream import (
     read_log,
     undisturbed,
 )
-from worker_processes import Fault, Site, Worker, free_port, until
+from worker_processes import Fault, Site, Worker, until
 
 from eunoe.clients.model_worker import ModelWorkerClient
+from eunoe.embedded.processes import free_ports
 from eunoe.gateway.placement import Placement
 from eunoe.internal.v1 import state_store_pb2 as pb
 from eunoe.runtime.errors import EunoeError
@@ -122,7 +123,7 @@ class _MeteredWorker:
 
 
 async def _worker(site: Site, failpoints: str = "") -> _MeteredWorker:
-    port = free_port()
+    (port,) = free_ports(1)
     worker = await site.serving_worker(
         failpoints=failpoints,
         metrics_port=port,

@@ -16,11 +16,9 @@ from typing import Self
 
 from fault_proxy import FaultProxy
 
-from eunoe.embedded.redis_server import answers_ping, server_binary
+from eunoe.embedded.redis_server import DURABLE_SETTINGS, answers_ping, server_binary
 from eunoe.runtime.failpoints import VARIABLE as FAILPOINTS_VARIABLE
 from eunoe.state_store.redis_storage import RedisStorage
-
-SAFE_SETTINGS = ("--appendonly", "yes", "--appendfsync", "always", "--maxmemory-policy", "noeviction", "--save", "")
 
 _SERVICES = Path(__file__).parents[2] / "services"
 _START_SECONDS = 30.0
@@ -106,7 +104,7 @@ class RedisProcess:
         """Start it, and wait until it has loaded its data and answers."""
         self.socket_path.unlink(missing_ok=True)
         command = [server_binary(), "--port", str(self.port), "--bind", "127.0.0.1"]
-        command += ["--unixsocket", str(self.socket_path), "--dir", str(self.directory), *SAFE_SETTINGS]
+        command += ["--unixsocket", str(self.socket_path), "--dir", str(self.directory), *DURABLE_SETTINGS]
         command += [*self._settings, *settings]
         self._process = _Process(command, self.directory / "redis.log", self._environment)
         await self._process.until(lambda: answers_ping(self.socket_path), "Redis does not answer")

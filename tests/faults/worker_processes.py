@@ -12,7 +12,6 @@ import multiprocessing
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -25,6 +24,7 @@ from typing import Any, Self
 import grpc
 
 from eunoe.clients.state_store import StateStoreClient
+from eunoe.embedded.processes import free_ports
 from eunoe.embedded.redis_server import answers_ping, redis_command
 from eunoe.gateway.config import GatewayConfig
 from eunoe.model_worker.config import WorkerConfig
@@ -163,7 +163,7 @@ class Site:
         # Not pytest's: a socket's path ends at 107 bytes.
         self._directory = Path(tempfile.mkdtemp(prefix="eunoe-site-"))
         self._num_started = 0
-        self.store_address = f"127.0.0.1:{free_port()}"
+        self.store_address = f"127.0.0.1:{free_ports(1)[0]}"
         self._channel: grpc.aio.Channel
         self.store: StateStoreClient
 
@@ -284,14 +284,6 @@ async def until(
         if time.monotonic() > give_up_at:
             raise Fault(complaint)
         await asyncio.sleep(_POLL_SECONDS)
-
-
-def free_port() -> int:
-    """A port that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def _context() -> ForkServerContext:

@@ -55,7 +55,7 @@ class FakeWorker(model_worker_pb2_grpc.ModelWorkerServiceServicer):
         has_cancelled: A Generate was cancelled.
     """
 
-    def __init__(self, store: StateStoreClient, model: str) -> None:
+    def __init__(self, store: StateStoreClient, model: str, *, vocab_size: int = 512, max_positions: int = 512) -> None:
         self.worker_id = uuid.uuid4().hex
         self.memories: dict[str, FakeMemory] = {}
         self.num_calls: Counter[str] = Counter()
@@ -64,7 +64,11 @@ class FakeWorker(model_worker_pb2_grpc.ModelWorkerServiceServicer):
         self.has_cancelled = asyncio.Event()
         self._store = store
         self._model = api.Model(
-            name=model, model_digest=f"digest of {model}", vocab_size=512, max_positions=512, num_layers=1
+            name=model,
+            model_digest=f"digest of {model}",
+            vocab_size=vocab_size,
+            max_positions=max_positions,
+            num_layers=1,
         )
         self._server = GrpcServer(
             address="127.0.0.1:0",
@@ -288,8 +292,8 @@ async def a_worker(store: StateStoreClient, model: str) -> AsyncIterator[Callabl
     """Starts fake workers of the test's model, and stops them after it."""
     workers = []
 
-    async def start(of_model: str = model) -> FakeWorker:
-        worker = FakeWorker(store, of_model)
+    async def start(of_model: str = model, **limits: int) -> FakeWorker:
+        worker = FakeWorker(store, of_model, **limits)
         await worker.start()
         workers.append(worker)
         return worker

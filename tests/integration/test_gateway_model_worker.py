@@ -1,5 +1,6 @@
 """The gateway before real model workers with a tiny model: one document, the whole way."""
 
+import dataclasses
 import uuid
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -41,8 +42,10 @@ async def workers(state_store: Any, tiny_directory: Path) -> AsyncIterator[list[
         await worker.drain()
 
 
-async def ingested(stub: Any, append_to: Any, model: str, pieces: list[bytes], kill: Any = None) -> api.Stream:
-    settings = api.StreamSettings(segment_length=16, kv_budget_tokens=32)
+async def ingested(
+    stub: Any, append_to: Any, model: str, pieces: list[bytes], kill: Any = None, retain_log: bool = False
+) -> api.Stream:
+    settings = api.StreamSettings(segment_length=16, kv_budget_tokens=32, retain_log=retain_log)
     name = (await stub.CreateStream(api.CreateStreamRequest(model=model, settings=settings))).stream.name
     client = await append_to(stub, name)
     for i, piece in enumerate(pieces):
@@ -83,3 +86,27 @@ async def test_a_worker_that_dies_in_the_middle_leaves_the_same_memory(
 
     assert disturbed.state_digest == undisturbed.state_digest
     assert disturbed.tokens == undisturbed.tokens
+
+
+@pytest.mark.parametrize("is_same", [True, False], ids=["same", "other"])
+async def test_a_rebuilt_memory_is_what_the_model_makes_of_the_log(
+    stub: Any, workers: list[ModelWorker], state_store: Any, append_to: Any, tmp_path: Path, is_same: bool
+) -> None:
+    model = reader = workers[0].config.model_name
+    if not is_same:
+        reader = f"{model}-other"
+        write_tiny_model(tmp_path, seed=1, num_layers=3)
+        other = dataclasses.replace(workers[0].config, model_name=reader, model_path=tmp_path)
+        workers.append(ModelWorker(other, on_engine_death=lambda: None))
+        await workers[-1].start()
+    pieces = [TEXT.encode()[i : i + 90] for i in range(0, len(TEXT), 90)]
+    read = await ingested(stub, append_to, model, pieces, retain_log=True)
+    expected = read if is_same else await ingested(stub, append_to, reader, [TEXT.encode()])
+
+    child = (await stub.ForkStream(api.ForkStreamRequest(name=read.name, model=reader))).stream
+    rebuilt = await (await append_to(stub, child.name)).finish()
+
+    assert read.checkpoint_version > 3
+    assert (child.state_digest, child.applied_offset) == ("", 0)
+    assert (rebuilt.state_digest, rebuilt.tokens) == (expected.state_digest, expected.tokens)
+    assert (rebuilt.state_digest == read.state_digest) == is_same

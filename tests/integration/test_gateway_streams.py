@@ -16,9 +16,11 @@ from eunoe.runtime.errors import (
     DeadlineTooShort,
     InvalidRequest,
     ModelNotFound,
+    OffsetUnavailable,
     Overloaded,
     StreamNotFound,
     Unauthenticated,
+    VocabularyMismatch,
     from_rpc_error,
 )
 
@@ -202,6 +204,63 @@ async def test_a_fork_shares_the_past_and_goes_its_own_way(stub: Any, stream: st
     branch = await append_to(stub, child.name)
     await branch.record(b"y" * 40)
     assert (await branch.finish()).state_digest == grown.state_digest
+
+
+async def test_another_model_reads_the_log_anew(stub: Any, a_worker: Any, model: str, append_to: Any) -> None:
+    await a_worker()
+    await a_worker(f"{model}-other", max_positions=48)
+    settings = api.StreamSettings(segment_length=16, kv_budget_tokens=64, num_sink_tokens=2, retain_log=True)
+    name = (await stub.CreateStream(api.CreateStreamRequest(model=model, settings=settings))).stream.name
+    parent = await append_to(stub, name)
+    for letter in b"abcde":
+        await parent.record(bytes([letter]) * 40)
+        await parent.flush()
+    read = await parent.finish()
+
+    request = api.ForkStreamRequest(name=name, model=f"{model}-other", request_id="r")
+    child = (await stub.ForkStream(request)).stream
+    rebuilt = await (await append_to(stub, child.name)).finish()
+
+    assert (child.model, child.accepted_offset, child.applied_offset) == (f"{model}-other", 200, 0)
+    assert (child.state_digest, child.checkpoint_version, child.log_start_offset) == ("", 0, 0)
+    # As the parent's, but for what the model has no room for.
+    settings.kv_budget_tokens, settings.positions = 48, api.POSITION_MODE_COMPACT
+    assert child.settings == settings
+    # A fake's memory is the same whatever its model.
+    assert (rebuilt.applied_offset, rebuilt.state_digest) == (read.applied_offset, read.state_digest)
+    assert isinstance(await error_of(stub.ForkStream(api.ForkStreamRequest(name=name, model="gpt-9"))), ModelNotFound)
+
+
+async def test_a_log_that_is_not_whole_is_not_read_anew(stub: Any, stream: str, model: str, append_to: Any) -> None:
+    parent = await append_to(stub, stream)
+    for _ in range(4):
+        await parent.record(b"x" * 16)
+        await parent.flush()
+
+    error = await error_of(stub.ForkStream(api.ForkStreamRequest(name=stream, model=model)))
+
+    assert isinstance(error, OffsetUnavailable)
+    assert "retain_log=true" in error.message
+    assert error.available == "the log from 32 to 64"
+
+
+async def test_token_ids_are_read_anew_within_one_vocabulary_only(
+    stub: Any, a_worker: Any, a_stream: Any, model: str, append_to: Any
+) -> None:
+    for name, vocab_size in ((model, 512), (f"{model}-same", 512), (f"{model}-larger", 1024)):
+        await a_worker(name, vocab_size=vocab_size)
+    stream = await a_stream(stub, model)
+    parent = await append_to(stub, stream)
+    await parent.record(b"text")
+    await parent.record(b"\1\0\0\0", kind=api.RECORD_KIND_TOKEN_IDS)
+
+    for same in (model, f"{model}-same"):
+        child = (await stub.ForkStream(api.ForkStreamRequest(name=stream, model=same))).stream
+        assert (child.model, child.accepted_offset) == (same, 8)
+    error = await error_of(stub.ForkStream(api.ForkStreamRequest(name=stream, model=f"{model}-larger")))
+
+    assert isinstance(error, VocabularyMismatch)
+    assert error.offset == 4
 
 
 async def test_models_are_listed_with_their_defaults(stub: Any, a_worker: Any, model: str) -> None:

@@ -58,6 +58,7 @@ for command in (
     streams.streams,
     streams.stream,
     streams.fork,
+    streams.rebuild,
     streams.export,
     streams.import_,
     streams.rm,

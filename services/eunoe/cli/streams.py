@@ -59,6 +59,24 @@ def fork(
     show_stream(child, json_output)
 
 
+def rebuild(
+    context: typer.Context,
+    name: StreamArgument,
+    new: Annotated[str, typer.Argument(metavar="NEW", help="The new stream's id.")],
+    model: Annotated[str, typer.Option(help="Who reads the log anew; may be the stream's own model.")],
+    at: Annotated[int | None, typer.Option(min=0, help="A record's end; default: all that was accepted.")] = None,
+    json_output: JsonOption = False,
+) -> None:
+    """Make a stream that shares the log of another, for a model to read anew from its start.
+
+    The log must be whole: streams made with --retain-log keep it.
+    """
+    with open_client(context) as client:
+        child = client.fork_stream(name, new, at_offset=at, model=model)
+    show_stream(child, json_output)
+    note(f"{model} reads {child.accepted_offset:,} bytes; `eunoe stream {new}` shows how far it is")
+
+
 def export(
     context: typer.Context,
     name: StreamArgument,

@@ -296,14 +296,24 @@ class AsyncClient:
         stream_id: str,
         *,
         at_offset: int | None = None,
+        model: str = "",
         expire_time: datetime | None = None,
         request_id: str = "",
     ) -> api.Stream:
-        """Make a stream that shares another's past up to a record's end; default is all that was accepted."""
+        """Make a stream that shares another's past up to a record's end; default is all that was accepted.
+
+        With a model it shares the log alone, and is rebuilt: the model, the same or another, reads the log from its
+        start into a memory that is empty at first.
+
+        Raises:
+            OffsetUnavailable: If no record ends there, or the log to rebuild from does not start at 0 any more.
+            VocabularyMismatch: If it has token ids of another vocabulary than the model's.
+        """
         request = api.ForkStreamRequest(
             name=stream_name(stream),
             stream_id=stream_id,
             at_offset=at_offset,
+            model=model,
             expire_time=_timestamp(expire_time),
             request_id=request_id or _new_id(),
         )

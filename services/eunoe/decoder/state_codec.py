@@ -1,7 +1,8 @@
 """Memory states as bytes: a checkpoint's chunks, and the digest that two equal states share.
 
 Encoding, version 1: a header, then the live slots of keys, values, positions and token ids, each row-major and
-little-endian, cut into chunks of at most 1 MiB. The header holds its own digest and that of everything behind it.
+little-endian, cut into chunks of at most 1 MiB. The header holds its own digest and that of everything behind it. Every
+version begins with magic and version.
 """
 
 import struct
@@ -12,7 +13,7 @@ import xxhash
 
 from eunoe.decoder.config import DecoderConfig, Dtypes
 from eunoe.decoder.memory_state import MemorySettings, MemoryState
-from eunoe.runtime.errors import CorruptState
+from eunoe.runtime.errors import CorruptState, UnknownVersion
 
 CHUNK_BYTES = 1 << 20
 _MAGIC = b"EUNOEMEM"
@@ -38,8 +39,8 @@ def decode(chunks: Sequence[bytes], config: DecoderConfig, settings: MemorySetti
     """The state that `encode` was given.
 
     Raises:
-        CorruptState: If the chunks are torn, altered, of an unknown version, or of another shape than config,
-            settings and dtypes say.
+        UnknownVersion: If another version of this encoding wrote them.
+        CorruptState: If the chunks are torn, altered, or of another shape than config, settings and dtypes say.
     """
     whole = bytearray().join(chunks)
     payload_start = _HEADER.size + _DIGEST_BYTES
@@ -47,10 +48,12 @@ def decode(chunks: Sequence[bytes], config: DecoderConfig, settings: MemorySetti
         raise CorruptState(f"{len(whole)} bytes are no memory state")
     header = bytes(whole[: _HEADER.size])
     magic, version, *identity, num_tokens, num_slots, payload_bytes, payload_digest = _HEADER.unpack(header)
+    if magic == _MAGIC and version != VERSION:
+        raise UnknownVersion(
+            f"the memory state has version {version}, and version {VERSION} is read here", found=version, known=VERSION
+        )
     if magic != _MAGIC or xxhash.xxh3_128_digest(header) != whole[_HEADER.size : payload_start]:
         raise CorruptState("the header of a memory state is damaged")
-    if version != VERSION:
-        raise CorruptState(f"memory state version {version} is unknown, this is version {VERSION}")
     state = MemoryState(config, settings, dtypes.kv)
     if tuple(identity) != _identity(state.keys, settings):
         raise CorruptState(f"a memory state of shape {identity} is not one of {_identity(state.keys, settings)}")

@@ -5,7 +5,6 @@ import fcntl
 import json
 import os
 import shutil
-import socket
 import sys
 import tempfile
 import time
@@ -16,7 +15,7 @@ from typing import Self
 
 from eunoe.embedded.home import PlatformRecord, default_home, read_record
 from eunoe.embedded.models import DEFAULT_MODEL, resolve_model
-from eunoe.embedded.processes import ProcessRecord, is_alive, last_lines, start_process, stop_process
+from eunoe.embedded.processes import ProcessRecord, free_ports, is_alive, last_lines, start_process, stop_process
 from eunoe.embedded.ray_host import RayHostConfig
 from eunoe.embedded.redis_server import answers_ping, redis_command
 from eunoe.runtime.config import to_env
@@ -165,7 +164,7 @@ class Platform:
         self._wait(state_store, "the state store", 30.0, ready_file.exists)
         self.record.state_store_address = _address_in(ready_file)
 
-        serve_grpc_port, serve_http_port = _free_ports(2)
+        serve_grpc_port, serve_http_port = free_ports(2)
         ray_ready_file = temp_dir / "ray_host.json"
         ray_config = RayHostConfig(
             model_name=model_name,
@@ -252,12 +251,3 @@ def _module(name: str) -> list[str]:
 def _address_in(ready_file: Path) -> str:
     address: str = json.loads(ready_file.read_text())["address"]
     return address
-
-
-def _free_ports(num_ports: int) -> list[int]:
-    """Ports that nobody listens on now, all held at once so that they differ."""
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(num_ports)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]

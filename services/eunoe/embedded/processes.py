@@ -5,7 +5,9 @@ be found. A process is known by its id and its start time: an id that the system
 alone.
 """
 
+import contextlib
 import os
+import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,3 +115,12 @@ def _session_members(record: ProcessRecord) -> list[psutil.Process]:
         except (psutil.NoSuchProcess, ProcessLookupError, PermissionError):
             continue
     return members
+
+
+def free_ports(num_ports: int) -> list[int]:
+    """Ports that nobody listens on now, all held at once so that they differ."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(num_ports)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]

@@ -5,17 +5,7 @@ import socket
 from pathlib import Path
 
 # Every acknowledged write is on disk, and nothing is ever evicted: the state store's promises rest on both.
-_CONFIGURATION = """\
-port 0
-unixsocket {socket_path}
-unixsocketperm 700
-dir {directory}
-daemonize no
-appendonly yes
-appendfsync always
-save ""
-maxmemory-policy noeviction
-"""
+DURABLE_SETTINGS = ("--appendonly", "yes", "--appendfsync", "always", "--maxmemory-policy", "noeviction", "--save", "")
 
 
 def server_binary() -> str:
@@ -31,9 +21,8 @@ def server_binary() -> str:
 def redis_command(directory: Path, socket_path: Path) -> list[str]:
     """The command of a server with its data in `directory` (made if absent), listening on a unix socket alone."""
     directory.mkdir(parents=True, exist_ok=True)
-    configuration = directory / "redis.conf"
-    configuration.write_text(_CONFIGURATION.format(socket_path=socket_path, directory=directory))
-    return [server_binary(), str(configuration)]
+    place = ("--port", "0", "--unixsocket", str(socket_path), "--unixsocketperm", "700", "--dir", str(directory))
+    return [server_binary(), *place, *DURABLE_SETTINGS]
 
 
 def answers_ping(socket_path: Path) -> bool:

@@ -21,7 +21,10 @@ import google_crc32c
 
 from eunoe.runtime.errors import BadExport
 
-MAGIC = b"eunoe-export 1\n"
+VERSION = 1
+_FIRST_WORD = b"eunoe-export "
+MAGIC = _FIRST_WORD + b"%d\n" % VERSION
+_MAX_MAGIC_BYTES = 32
 PIECE_BYTES = 1024 * 1024
 
 # A record or chunk of 1 MiB in its message.
@@ -80,19 +83,28 @@ class FrameReader:
             BadExport: If the bytes are none that `frame` made, or the frames are out of order.
         """
         self._waiting += data
-        if not self._has_magic:
-            if not MAGIC.startswith(bytes(self._waiting[: len(MAGIC)])):
-                raise BadExport("this is no export of a stream, or one of an unknown version")
-            if len(self._waiting) < len(MAGIC):
-                return
-            del self._waiting[: len(MAGIC)]
-            self._has_magic = True
+        if not self._has_magic and not self._cut_magic():
+            return
         if self._waiting and self.is_complete:
             raise BadExport("there are bytes behind the export's end")
         while (found := self._cut_frame()) is not None:
             yield found
             if self._waiting and self.is_complete:
                 raise BadExport("there are bytes behind the export's end")
+
+    def _cut_magic(self) -> bool:
+        line, line_feed, _ = bytes(self._waiting[:_MAX_MAGIC_BYTES]).partition(b"\n")
+        word, version = line[: len(_FIRST_WORD)], line[len(_FIRST_WORD) :]
+        is_ours = _FIRST_WORD.startswith(word) and (version.isdigit() or not version)
+        if not is_ours or (line_feed and not version):
+            raise BadExport("this is no export of a stream")
+        if not line_feed and len(line) < _MAX_MAGIC_BYTES:
+            return False
+        if version != b"%d" % VERSION:
+            raise BadExport(f"the export has version {version.decode()}, and version {VERSION} is read here")
+        del self._waiting[: len(MAGIC)]
+        self._has_magic = True
+        return True
 
     def _cut_frame(self) -> tuple[FrameKind, bytes] | None:
         if len(self._waiting) < _HEAD.size:

@@ -55,6 +55,14 @@ class ModelDirectory:
             raise ModelNotFound(f"no worker serves model {name!r}; served: {[model.name for model in served]}")
         return self._known[name]
 
+    async def share_vocabulary(self, one: str, other: str) -> bool:
+        """Whether token ids of one model are those of the other, as far as their vocabularies' sizes tell."""
+        if one == other:
+            return True
+        await self.served()
+        first, second = self._known.get(one), self._known.get(other)
+        return first is not None and second is not None and first.vocab_size == second.vocab_size
+
     async def _read(self) -> None:
         workers = (await self._store.list_workers(store_pb.ListWorkersRequest())).workers
         num_workers = Counter(worker.model.name for worker in workers)
@@ -72,6 +80,18 @@ class ModelDirectory:
             self._served[model.name] = model
         self._known |= self._served
         self._read_again = self._clock() + _CACHE_SECONDS
+
+
+def settings_for(settings: api.StreamSettings, model: api.Model) -> api.StreamSettings:
+    """A stream's settings for another model: the same, with a KV budget that is within its range.
+
+    Raises:
+        InvalidRequest: If that leaves no room for more than the sinks.
+    """
+    within = api.StreamSettings()
+    within.CopyFrom(settings)
+    within.kv_budget_tokens = min(settings.kv_budget_tokens, model.max_positions)
+    return settings_in_effect(within, model)
 
 
 def settings_in_effect(requested: api.StreamSettings, model: api.Model) -> api.StreamSettings:

@@ -12,7 +12,7 @@ from eunoe.gateway.append import AppendCall
 from eunoe.gateway.authentication import current_tenant
 from eunoe.gateway.export import export_stream, import_stream, uploaded_pieces
 from eunoe.gateway.limits import TenantLimits
-from eunoe.gateway.models import ModelDirectory, settings_in_effect
+from eunoe.gateway.models import ModelDirectory, settings_for, settings_in_effect
 from eunoe.gateway.placement import Placement
 from eunoe.gateway.resources import checked_request_id, new_name, page_token, resolved, stream_id_before_page
 from eunoe.internal.v1 import state_store_pb2 as store_pb
@@ -126,15 +126,20 @@ class LongContextServicer(long_context_pb2_grpc.LongContextServiceServicer):
 
     async def ForkStream(self, request: api.ForkStreamRequest, context: Any) -> api.ForkStreamResponse:
         tenant = current_tenant()
-        answer = await self._store.fork_stream(
-            store_pb.ForkStreamRequest(
-                parent=resolved(request.name, tenant),
-                name=new_name(request.stream_id, tenant),
-                at_offset=request.at_offset if request.HasField("at_offset") else None,
-                expire_time=request.expire_time if request.HasField("expire_time") else None,
-                request_id=checked_request_id(request.request_id),
-            )
+        forking = store_pb.ForkStreamRequest(
+            parent=resolved(request.name, tenant),
+            name=new_name(request.stream_id, tenant),
+            at_offset=request.at_offset if request.HasField("at_offset") else None,
+            expire_time=request.expire_time if request.HasField("expire_time") else None,
+            request_id=checked_request_id(request.request_id),
         )
+        if request.model:
+            model = await self._models.find(request.model)
+            parent = (await self._store.get_stream(store_pb.GetStreamRequest(name=forking.parent))).record.stream
+            forking.model = model.name
+            forking.settings.CopyFrom(settings_for(parent.settings, model))
+            forking.shares_vocabulary = await self._models.share_vocabulary(parent.model, model.name)
+        answer = await self._store.fork_stream(forking)
         return api.ForkStreamResponse(stream=answer.record.stream)
 
     async def ExportStream(

@@ -38,6 +38,7 @@ class Checkpoints:
 
         Raises:
             ModelMismatch: If it belongs to other weights.
+            UnknownVersion: If another version of the encoding wrote it.
             CorruptState: If its chunks are not what was committed.
         """
         expected = self._decoder.model_digest

@@ -10,7 +10,7 @@
   + OffsetGap                OUT_OF_RANGE          the record starts above the accepted offset
   + FailedPrecondition       FAILED_PRECONDITION   true input, wrong state
   |   + ContentMismatch, CarryOpen, OffsetUnavailable, ModelMismatch, MissingChunk, KeyUnavailable,
-  |     FoldFailed
+  |     UnknownVersion, VocabularyMismatch, FoldFailed
   + Conflict                 ABORTED               somebody else was first: look again
   |   + NotOwner, LeaseLost, VersionConflict
   + Overloaded               RESOURCE_EXHAUSTED    retry after `retry_after_seconds`
@@ -210,6 +210,21 @@ class MissingChunk(FailedPrecondition):
 @dataclass(eq=False)
 class KeyUnavailable(FailedPrecondition):
     """A stream is encrypted, and the state store does not have the key."""
+
+
+@dataclass(eq=False)
+class UnknownVersion(FailedPrecondition):
+    """Something was written in version `found` of its encoding, and this process reads version `known`."""
+
+    found: int = field(kw_only=True)
+    known: int = field(kw_only=True)
+
+
+@dataclass(eq=False)
+class VocabularyMismatch(FailedPrecondition):
+    """A log has token ids of another vocabulary than the model's, the first of them at `offset`."""
+
+    offset: int = field(kw_only=True)
 
 
 @dataclass(eq=False)

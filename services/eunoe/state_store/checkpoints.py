@@ -209,10 +209,8 @@ class Checkpoints:
         metadata = await Transaction(self._environment, tenant).stream_or_none(name)
         if metadata is None or metadata.uid != uid:
             index = keys.staged_index(tenant, uid)
-            for chunk_id in chunk_ids:
-                await self._environment.storage.apply(
-                    [Delete(keys.chunk(tenant, chunk_id)), IndexRemove(index, chunk_id)]
-                )
+            removals = [(Delete(keys.chunk(tenant, each)), IndexRemove(index, each)) for each in chunk_ids]
+            await self._environment.storage.apply([write for pair in removals for write in pair])
             raise StreamNotFound(f"the stream {name} was deleted")
 
 

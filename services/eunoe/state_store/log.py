@@ -22,6 +22,8 @@ from eunoe.state_store.transactions import (
 # Index entries read at once, and bytes of records: small enough that other calls of the process go on between.
 _ENTRIES_PER_READ = 64
 _BYTES_PER_READ = 1 << 20
+# ... and where no record is read with them.
+_ENTRIES_PER_SCAN = 1024
 
 
 class Logs:
@@ -125,6 +127,24 @@ class Logs:
         index = keys.log_index(tenant, uid)
         rows = await self._environment.storage.members_by_score(index, offset - 1, offset, 1)
         return member_as_entry(*rows[0]) if rows else None
+
+    async def first_of_kind(
+        self, tenant: str, metadata: StreamMetadata, kind: int, above: int, up_to: int
+    ) -> int | None:
+        """Where the first record of a kind starts whose end lies in (above, up_to], both ends of records."""
+        while above < up_to:
+            uid, span_end = log_rules.span_at(metadata, above)
+            index = keys.log_index(tenant, uid)
+            rows = await self._environment.storage.members_by_score(index, above, span_end, _ENTRIES_PER_SCAN)
+            if not rows:
+                raise _lost(above)
+            for entry in (member_as_entry(*row) for row in rows):
+                if entry.end > up_to:
+                    return None
+                if entry.kind == kind:
+                    return entry.start
+                above = entry.end
+        return None
 
     async def _outcome(self, tenant: str, metadata: StreamMetadata, request_id: str) -> bytes | None:
         (sealed,) = await self._environment.storage.get([keys.outcome(tenant, metadata.uid, request_id)])

@@ -6,11 +6,12 @@ beside this one.
 
 import json
 from collections.abc import Sequence
+from operator import index
 from typing import Any
 
 import xxhash
 
-from eunoe.runtime.errors import CorruptState
+from eunoe.runtime.errors import CorruptState, UnknownVersion
 from eunoe.state_store.metadata import (
     ChunkRef,
     DecisionRun,
@@ -41,13 +42,18 @@ def decode(data: bytes) -> StreamMetadata:
     """The record that `encode` was called on.
 
     Raises:
-        CorruptState: If the bytes are no record, are not those that were written, or are of a later format.
+        UnknownVersion: If another format wrote it.
+        CorruptState: If the bytes are no record, or not those that were written.
     """
     try:
         fields = json.loads(_verified(data))
-        found_format = fields.pop("format")
+        found_format = index(fields.pop("format"))
         if found_format != FORMAT:
-            raise CorruptState(f"a stream's record has format {found_format}; this version reads {FORMAT}")
+            raise UnknownVersion(
+                f"a stream's record has format {found_format}, and format {FORMAT} is read here",
+                found=found_format,
+                known=FORMAT,
+            )
         fields["settings"] = Settings(*fields["settings"])
         fields["carry"] = bytes.fromhex(fields["carry"])
         fields["sources"] = tuple(Source(*source) for source in fields["sources"])

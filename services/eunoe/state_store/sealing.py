@@ -54,8 +54,9 @@ class DigestSeal:
         return b"".join((_DIGESTED, _digest(identity, data), data))
 
     def open(self, identity: str, sealed: bytes) -> bytes:
+        _check_form(identity, sealed, _DIGESTED)
         data = sealed[self.overhead_bytes :]
-        if sealed[: self.overhead_bytes] != _DIGESTED + _digest(identity, data):
+        if sealed[1 : self.overhead_bytes] != _digest(identity, data):
             raise _not_as_written(identity)
         return data
 
@@ -77,8 +78,9 @@ class CipherSeal:
         return b"".join((_ENCRYPTED, nonce, self._cipher.encrypt(nonce, data, identity.encode())))
 
     def open(self, identity: str, sealed: bytes) -> bytes:
+        _check_form(identity, sealed, _ENCRYPTED)
         start = len(_ENCRYPTED) + _NONCE_BYTES
-        if sealed[:1] != _ENCRYPTED or len(sealed) < self.overhead_bytes:
+        if len(sealed) < self.overhead_bytes:
             raise _not_as_written(identity)
         try:
             return self._cipher.decrypt(sealed[1:start], sealed[start:], identity.encode())
@@ -140,6 +142,12 @@ def _digest(identity: str, data: bytes) -> bytes:
     hasher = xxhash.xxh3_128(struct.pack("<I", len(name)) + name)
     hasher.update(data)
     return hasher.digest()
+
+
+def _check_form(identity: str, sealed: bytes, form: bytes) -> None:
+    if sealed[:1] != form:
+        found = sealed[0] if sealed else "none"
+        raise CorruptState(f"{identity} is sealed in form {found}, and must be in form {form[0]}")
 
 
 def _not_as_written(identity: str) -> CorruptState:

@@ -13,7 +13,7 @@ from eunoe.state_store.api_keys import ApiKey
 from eunoe.state_store.log_rules import Append
 from eunoe.state_store.metadata import Lease
 from eunoe.state_store.store import StateStore
-from eunoe.state_store.stream_rules import Create, Fork
+from eunoe.state_store.stream_rules import Create, Fork, Rebuild
 from eunoe.state_store.translation import (
     chunk_from_proto,
     lease_to_proto,
@@ -79,6 +79,7 @@ class StateStoreServicer(StateStoreServiceServicer):
             at_offset=request.at_offset if request.HasField("at_offset") else None,
             expire_time_ns=_expire_time_ns(request),
             request_id=request.request_id,
+            rebuild=_rebuild(request) if request.model else None,
         )
         return pb.ForkStreamResponse(record=record_to_proto(await self._store.streams.fork(request.parent, event)))
 
@@ -219,6 +220,14 @@ class StateStoreServicer(StateStoreServiceServicer):
 
 def _fence(lease: pb.Lease) -> tuple[str, int]:
     return lease.worker, lease.epoch
+
+
+def _rebuild(request: pb.ForkStreamRequest) -> Rebuild:
+    return Rebuild(
+        model=request.model,
+        settings=settings_from_proto(request.settings),
+        shares_vocabulary=request.shares_vocabulary,
+    )
 
 
 def _expire_time_ns(request: pb.CreateStreamRequest | pb.ForkStreamRequest) -> int | None:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from eunoe.runtime.errors import AlreadyExists, InvalidRequest, OffsetUnavailable
+from eunoe.runtime.errors import AlreadyExists, InvalidRequest, OffsetUnavailable, VocabularyMismatch
 from eunoe.state_store.checkpoint_rules import (
     MAX_READ_AHEAD_BYTES,
     check_manifest,
@@ -38,13 +38,26 @@ class Create:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Rebuild:
+    """A memory to fold anew, by a model, under settings; its token ids may be those of the parent's model."""
+
+    model: str
+    settings: Settings
+    shares_vocabulary: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Fork:
-    """A stream to make that shares the past of another; `at_offset` None means the accepted offset."""
+    """A stream to make that shares the past of another: its log and memory, or the log alone, to rebuild a memory from.
+
+    `at_offset` None means the accepted offset.
+    """
 
     name: str
     at_offset: int | None = None
     expire_time_ns: int | None = None
     request_id: str = ""
+    rebuild: Rebuild | None = None
 
 
 def same_request(existing: StreamMetadata, request_id: str) -> StreamMetadata:
@@ -73,8 +86,7 @@ def create(event: Create, *, uid: str, wrapped_key: str, now_ns: int) -> Change:
     settings, manifest = event.settings, event.manifest
     if not event.model:
         raise InvalidRequest("a stream needs a model")
-    if settings.kv_budget_tokens < 1 or settings.segment_length < 1:
-        raise InvalidRequest("a stream's KV budget and segment length are at least 1 token")
+    _check_settings(settings)
     _check_expiry(event.expire_time_ns, now_ns)
     metadata = StreamMetadata(
         name=event.name,
@@ -115,35 +127,44 @@ def fork(
     event: Fork,
     *,
     at_entry: RecordEntry | None,
+    token_ids_at: int | None = None,
     uid: str,
     now_ns: int,
 ) -> Change:
     """Make a child that starts from the parent's newest usable checkpoint and shares the log from there on.
 
     A checkpoint is usable if no byte at or above the fork's offset had a part in it: at the accepted offset all are,
-    before it those that had not read on.
+    before it those that had not read on. A rebuild starts from none, and shares the log from 0 on.
 
     Args:
         parent: The stream to fork.
         owners: The streams, by uid, that the parent's references name.
         event: The child.
         at_entry: The log's record that ends at the fork's offset, if there is one.
+        token_ids_at: Start of the log's first record of token ids below the fork's offset, if there is one; needed
+            where a rebuild does not share the vocabulary.
         uid: Of the child.
         now_ns: Clock.
 
     Raises:
-        OffsetUnavailable.
+        OffsetUnavailable, VocabularyMismatch.
     """
     _check_expiry(event.expire_time_ns, now_ns)
     at = parent.accepted_offset if event.at_offset is None else event.at_offset
-    base = _base_of_fork(parent, at, at_entry)
+    if event.rebuild is None:
+        model, settings = parent.model, parent.settings
+        base = _base_of_fork(parent, at, at_entry)
+    else:
+        model, settings = event.rebuild.model, event.rebuild.settings
+        base = None
+        _check_rebuild(parent, event.rebuild, at, at_entry, token_ids_at)
     start = 0 if base is None else base.applied_offset
     references = _parts_of(parent, base, start, at)
     child = StreamMetadata(
         name=event.name,
         uid=uid,
-        model=parent.model,
-        settings=parent.settings,
+        model=model,
+        settings=settings,
         create_time_ns=now_ns,
         expire_time_ns=event.expire_time_ns,
         create_request_id=event.request_id,
@@ -211,6 +232,39 @@ def _base_of_fork(parent: StreamMetadata, at: int, at_entry: RecordEntry | None)
     available = f"ends of records from {offsets[0]} to {parent.accepted_offset}; checkpoints at {list(offsets)}"
     if not offsets[0] <= at <= parent.accepted_offset:
         raise OffsetUnavailable(f"the stream cannot be forked at {at}", available=available)
+    _check_end(parent, at, at_entry, available)
+    usable = [c for c in parent.usable if at == parent.accepted_offset or c.read_to <= at]
+    if not usable and not parent.retains_beginning:
+        raise OffsetUnavailable(f"every retained checkpoint has read beyond {at}", available=available)
+    return usable[-1] if usable else None
+
+
+def _check_rebuild(
+    parent: StreamMetadata, rebuild: Rebuild, at: int, at_entry: RecordEntry | None, token_ids_at: int | None
+) -> None:
+    """Refuse to fold anew what is not there as a whole, or not for this model."""
+    _check_settings(rebuild.settings)
+    start, end = parent.log_start_offset, parent.accepted_offset
+    available = f"the log from {start} to {end}"
+    if start:
+        raise OffsetUnavailable(
+            f"a rebuild reads the log from 0, and this one starts at {start}: only a stream that was made with "
+            "retain_log=true keeps all of its log",
+            available=available,
+        )
+    if at > end:
+        raise OffsetUnavailable(f"the log has no offset {at}", available=available)
+    _check_end(parent, at, at_entry, available)
+    if token_ids_at is not None and not rebuild.shares_vocabulary:
+        raise VocabularyMismatch(
+            f"the log has token ids at {token_ids_at}, and {rebuild.model!r} is not known to share the vocabulary of "
+            f"{parent.model!r}",
+            offset=token_ids_at,
+        )
+
+
+def _check_end(parent: StreamMetadata, at: int, at_entry: RecordEntry | None, available: str) -> None:
+    """Refuse an offset that is no record's end, or inside a character."""
     is_end = at == parent.accepted_offset
     if is_end or at == parent.own_start_offset:
         carry_bytes = len(parent.carry) if is_end else 0
@@ -220,10 +274,6 @@ def _base_of_fork(parent: StreamMetadata, at: int, at_entry: RecordEntry | None)
         carry_bytes = at_entry.carry_bytes
     if carry_bytes:
         raise OffsetUnavailable(f"offset {at} is inside a character", available=available)
-    usable = [c for c in parent.usable if is_end or c.read_to <= at]
-    if not usable and not parent.retains_beginning:
-        raise OffsetUnavailable(f"every retained checkpoint has read beyond {at}", available=available)
-    return usable[-1] if usable else None
 
 
 def _chain_at(parent: StreamMetadata, at: int, at_entry: RecordEntry | None) -> str:
@@ -254,6 +304,11 @@ def _with_holders(owner: StreamMetadata, reference: Reference, delta: int) -> St
     assert num_holders[reference.part] >= 0, "a reference was given back twice"
     holds = tuple(Hold(*part, count) for part, count in sorted(num_holders.items()) if count)
     return replace(owner, holds=holds)
+
+
+def _check_settings(settings: Settings) -> None:
+    if settings.kv_budget_tokens < 1 or settings.segment_length < 1:
+        raise InvalidRequest("a stream's KV budget and segment length are at least 1 token")
 
 
 def _check_expiry(expire_time_ns: int | None, now_ns: int) -> None:

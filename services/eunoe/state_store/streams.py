@@ -3,11 +3,12 @@
 import logging
 from dataclasses import replace
 
-from eunoe.runtime.errors import EunoeError, StreamNotFound
+from eunoe.runtime.errors import CorruptState, EunoeError, StreamNotFound
 from eunoe.state_store import keys, lease_rules, stream_rules
 from eunoe.state_store.checkpoints import new_stream_key
 from eunoe.state_store.effects import AddToTotal, Change, Effect, ForgetStaged, RemoveOutcome, RemoveRecord, Total
 from eunoe.state_store.log import Logs
+from eunoe.state_store.log_rules import KIND_TOKEN_IDS
 from eunoe.state_store.metadata import Lease, StreamMetadata
 from eunoe.state_store.metadata_codec import decode
 from eunoe.state_store.storage import IndexAdd
@@ -65,11 +66,29 @@ class Streams:
         """Make a child of a stream of the same tenant.
 
         Raises:
-            StreamNotFound, AlreadyExists, OffsetUnavailable, QuotaExceeded, InvalidRequest.
+            StreamNotFound, AlreadyExists, OffsetUnavailable, VocabularyMismatch, QuotaExceeded, InvalidRequest.
         """
         tenant, _ = keys.parse_name(event.name)
+        # (uid, offset): no token ids are below. A log that grows while it is looked through is not begun again.
+        looked_through = ("", 0)
         if keys.parse_name(parent_name)[0] != tenant:
             raise StreamNotFound(f"there is no stream {parent_name}")
+
+        async def token_ids_at(transaction: Transaction, parent: StreamMetadata) -> int | None:
+            nonlocal looked_through
+            if event.rebuild is None or event.rebuild.shares_vocabulary or parent.log_start_offset:
+                return None
+            above = looked_through[1] if looked_through[0] == parent.uid else 0
+            up_to = parent.accepted_offset if event.at_offset is None else min(event.at_offset, parent.accepted_offset)
+            try:
+                found = await self._logs.first_of_kind(tenant, parent, KIND_TOKEN_IDS, above, up_to)
+            except CorruptState:
+                # Trimmed or deleted meanwhile? Then decide again.
+                await transaction.check_unchanged()
+                raise
+            if found is None:
+                looked_through = (parent.uid, up_to)
+            return found
 
         async def decide(transaction: Transaction) -> StreamMetadata:
             existing = await self._unexpired_or_none(transaction, event.name)
@@ -88,6 +107,7 @@ class Streams:
                 owners,
                 event,
                 at_entry=at_entry,
+                token_ids_at=await token_ids_at(transaction, parent),
                 uid=environment.new_id(),
                 now_ns=environment.clock_ns(),
             )

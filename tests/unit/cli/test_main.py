@@ -28,6 +28,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     [
         (["ask", "book"], 2, "Missing argument"),
         (["ask", "book", "Who?", "--max-tokens", "0"], 2, "--max-tokens"),
+        (["rebuild", "book", "again"], 2, "--model"),
         (["nonsense"], 2, "nonsense"),
         (["--address", "nowhere", "streams"], 2, "host:port"),
         (["--address", "127.0.0.1:1", "streams"], 4, "nobody answers"),

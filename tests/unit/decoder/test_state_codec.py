@@ -1,3 +1,7 @@
+import struct
+from collections.abc import Callable
+from typing import Literal
+
 import numpy as np
 import pytest
 import torch
@@ -5,13 +9,16 @@ import torch
 from eunoe.decoder.config import Dtypes
 from eunoe.decoder.decoder import Decoder
 from eunoe.decoder.memory_state import MemorySettings, MemoryState
-from eunoe.decoder.state_codec import CHUNK_BYTES, decode, encode, state_digest
+from eunoe.decoder.state_codec import CHUNK_BYTES, VERSION, decode, encode, state_digest
 from eunoe.decoder.tiny import tiny_config
 from eunoe.eviction import DEFAULT_POLICY
-from eunoe.runtime.errors import CorruptState
+from eunoe.runtime.errors import CorruptState, UnknownVersion
 
 SETTINGS = MemorySettings(kv_budget_tokens=48, segment_length=16)
 DTYPES = Dtypes(weights=torch.bfloat16, kv=torch.bfloat16, compute=torch.float32)
+
+
+GOLDEN_CONFIG = tiny_config(num_layers=1)
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +74,7 @@ def test_every_flipped_byte_is_found(decoder: Decoder) -> None:
     for index in [*range(120), *range(120, len(chunk), 97), len(chunk) - 1]:
         damaged = bytearray(chunk)
         damaged[index] ^= 0x10
-        with pytest.raises(CorruptState):
+        with pytest.raises((CorruptState, UnknownVersion)):
             read(decoder, [bytes(damaged)])
 
 
@@ -103,3 +110,53 @@ def test_the_digest_covers_the_place_in_the_log(decoder: Decoder) -> None:
     state = a_state(decoder)
 
     assert len({state_digest(state, *place) for place in ((0, 0), (1, 0), (0, 1))}) == 3
+
+
+@pytest.mark.parametrize(
+    ("kv", "positions", "digest"),
+    [
+        (torch.bfloat16, "compact", "7a4cb2255ca7d92fef27d20c2d9d8407"),
+        (torch.float32, "original", "b63a2aa9fe7af65453f9597504e86d70"),
+    ],
+    ids=["bfloat16", "float32"],
+)
+def test_version_1_reads_and_is_written_as_ever(
+    golden: Callable[[str, bytes], bytes], kv: torch.dtype, positions: Literal["original", "compact"], digest: str
+) -> None:
+    settings = MemorySettings(kv_budget_tokens=4, segment_length=2, num_sink_tokens=1, positions=positions)
+    state = a_known_state(settings, kv)
+
+    (written,) = encode(state)
+    kind = str(kv).removeprefix("torch.")
+    chunk = golden(f"memory_state_1_{kind}.bin", written)
+    restored = decode([chunk], GOLDEN_CONFIG, settings, Dtypes(weights=kv, kv=kv, compute=torch.float32))
+
+    assert VERSION == 1
+    assert (restored.num_tokens, restored.num_slots) == (6, 3)
+    for name in ("keys_LHSD", "values_LHSD", "positions_LHS", "token_ids_LHS"):
+        assert torch.equal(getattr(restored, name), getattr(state, name)), name
+    assert state_digest(restored, 7, 1) == digest
+
+
+def a_known_state(settings: MemorySettings, kv: torch.dtype) -> MemoryState:
+    """Three slots that no arithmetic was needed for: whole numbers, and quarters up to -47.75."""
+    state = MemoryState(GOLDEN_CONFIG, settings, kv)
+    state.num_tokens, state.num_slots = 6, 3
+    numbers = torch.arange(state.keys_LHSD.numel()).view(state.keys_LHSD.shape)
+    state.keys_LHSD.copy_(numbers)
+    state.values_LHSD.copy_(-numbers / 4 - 24)
+    state.positions_LHS.copy_(torch.tensor([[[0, 4, 5], [0, 3, 5]]]))
+    state.token_ids_LHS.copy_(torch.tensor([[[10, 511, 7], [10, 9, 7]]]))
+    return state
+
+
+def test_another_version_is_named_and_so_is_this_one(decoder: Decoder) -> None:
+    (chunk,) = encode(a_state(decoder, 5))
+    later = chunk[:8] + struct.pack("<H", VERSION + 1) + chunk[10:40]
+
+    with pytest.raises(UnknownVersion) as error:
+        read(decoder, [later + bytes(200)])
+
+    assert (error.value.found, error.value.known) == (VERSION + 1, VERSION)
+    assert f"version {VERSION + 1}" in error.value.message
+    assert f"version {VERSION} is read" in error.value.message

@@ -1,10 +1,11 @@
 import json
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import xxhash
 
-from eunoe.runtime.errors import CorruptState
+from eunoe.runtime.errors import CorruptState, UnknownVersion
 from eunoe.state_store.metadata import (
     ChunkRef,
     DecisionRun,
@@ -16,7 +17,7 @@ from eunoe.state_store.metadata import (
     Source,
     StreamMetadata,
 )
-from eunoe.state_store.metadata_codec import decode, encode
+from eunoe.state_store.metadata_codec import FORMAT, decode, encode
 
 FULL = StreamMetadata(
     name="tenants/t/streams/a",
@@ -62,7 +63,12 @@ def test_a_record_reads_back_as_it_was() -> None:
     assert decode(encode(FULL)) == FULL
 
 
-def test_format_2_still_reads() -> None:
+def test_format_2_reads_and_is_written_as_ever(golden: Callable[[str, bytes], bytes]) -> None:
+    assert decode(golden("stream_record_2.json", encode(FULL))) == FULL
+    assert FORMAT == 2
+
+
+def test_format_2_still_reads_as_it_was_before_values_were_encrypted() -> None:
     written = (
         b'b4bca2ff624c48bc2d028a01193fdf19{"format":2,"name":"tenants/t/streams/a","uid":"u1","model":"m","set'
         b'tings":[64,16,4,2,false],"create_time_ns":5,"expire_time_ns":null,"create_request_id":"","own_start_'
@@ -80,6 +86,14 @@ def test_format_2_still_reads() -> None:
     assert decode(encode(record)) == record
 
 
+def test_a_checkpoint_in_quarantine_is_marked_and_others_take_no_room_for_it() -> None:
+    damaged = replace(FULL, checkpoints=(replace(FULL.checkpoints[0], is_quarantined=True),))
+
+    assert decode(encode(damaged)) == damaged
+    assert b"is_quarantined" in encode(damaged)
+    assert b"is_quarantined" not in encode(FULL)
+
+
 def test_fields_of_a_later_version_are_kept_for_it() -> None:
     fields = {**json.loads(encode(FULL)[32:]), "shards": [1, 2]}
     fields["checkpoints"][0]["codec"] = "zstd"
@@ -90,11 +104,19 @@ def test_fields_of_a_later_version_are_kept_for_it() -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"format": 3}, {"format": 1}, {"carry": "zz"}, {"settings": [1]}, {"lease": 5}, {"checkpoints": [{}]}]
+    "change", [{"format": "2"}, {"carry": "zz"}, {"settings": [1]}, {"lease": 5}, {"checkpoints": [{}]}]
 )
-def test_a_damaged_or_later_record_is_refused(change: dict[str, object]) -> None:
+def test_a_damaged_record_is_refused(change: dict[str, object]) -> None:
     with pytest.raises(CorruptState):
         decode(with_digest({**json.loads(encode(FULL)[32:]), **change}))
+
+
+@pytest.mark.parametrize("another", [FORMAT - 1, FORMAT + 1])
+def test_another_format_is_named_and_so_is_this_one(another: int) -> None:
+    with pytest.raises(UnknownVersion, match=f"has format {another}, and format {FORMAT} is read here") as error:
+        decode(with_digest({**json.loads(encode(FULL)[32:]), "format": another}))
+
+    assert (error.value.found, error.value.known) == (another, FORMAT)
 
 
 def test_every_flipped_byte_is_noticed() -> None:

@@ -38,6 +38,12 @@ def test_a_value_opens_under_no_other_identity(seal: Seal, one: tuple[str, bytes
             seal.open(other, seal.close(identity, data))
 
 
+@pytest.mark.parametrize(("seal", "form"), [(SEALS[0], 1), (SEALS[1], 2)])
+def test_another_form_is_named_and_so_is_the_right_one(seal: Seal, form: int) -> None:
+    with pytest.raises(CorruptState, match=f"sealed in form 7, and must be in form {form}"):
+        seal.open("a", b"\x07" + seal.close("a", b"value")[1:])
+
+
 def test_an_encrypted_value_shows_nothing_and_never_looks_the_same() -> None:
     seal = CipherSeal(bytes(32))
 
