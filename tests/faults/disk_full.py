@@ -81,22 +81,23 @@ async def disk_full(num_fillings: int, seed: int, directory: Path) -> DiskFullFi
                 await writer.create()
             for _ in range(num_fillings):
                 stop = asyncio.Event()
-                working = [asyncio.create_task(work(writer, stop, found)) for writer in writers]
-                disk.fill(chance.randint(0, 50 * _PAGE_BYTES))
-                if chance.random() < 0.3:
-                    await _rewrite(site)
-                exits[await _exit_status(site)] += 1
-                await answers.one_more_error()
-                for _ in range(_NUM_STARTS_WHILE_FULL):
-                    disk.fill(chance.randint(0, 5 * _PAGE_BYTES))
-                    # It may be gone again before it answers us: writers have not stopped trying.
-                    with contextlib.suppress(HarnessError):
-                        await site.redis.restart()
+                async with asyncio.TaskGroup() as working:
+                    for writer in writers:
+                        working.create_task(work(writer, stop, found))
+                    disk.fill(chance.randint(0, 50 * _PAGE_BYTES))
+                    if chance.random() < 0.3:
+                        await _rewrite(site)
                     exits[await _exit_status(site)] += 1
-                disk.clear()
-                await site.redis.restart()
-                stop.set()
-                await asyncio.gather(*working)
+                    await answers.one_more_error()
+                    for _ in range(_NUM_STARTS_WHILE_FULL):
+                        disk.fill(chance.randint(0, 5 * _PAGE_BYTES))
+                        # It may be gone again before it answers us: writers have not stopped trying.
+                        with contextlib.suppress(HarnessError):
+                            await site.redis.restart()
+                        exits[await _exit_status(site)] += 1
+                    disk.clear()
+                    await site.redis.restart()
+                    stop.set()
                 assert site.store.exit_status is None, "the state store ended"
                 for writer in writers:
                     found.records_applied_twice += await writer.append()
