@@ -115,7 +115,7 @@ async def disk_full(num_fillings: int, seed: int, directory: Path) -> DiskFullFi
     )
 
 
-class _Answers(grpc.aio.UnaryUnaryClientInterceptor):  # type: ignore[misc]
+class _Answers(grpc.aio.UnaryUnaryClientInterceptor):
     """Counts how calls end, those too that the client then repeats by itself."""
 
     def __init__(self) -> None:
