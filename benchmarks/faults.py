@@ -87,6 +87,46 @@ def retries(run: Run) -> None:
     run.report.add("records_applied_twice", figures.records_applied_twice, f"of {figures.num_retries} forced retries")
 
 
+def full(run: Run) -> None:
+    from disk_full import NoMountError, disk_full
+
+    try:
+        figures = asyncio.run(disk_full(run.count(100, 3), SEED, run.directory))
+    except NoMountError as error:
+        run.report.say(f"    not here: {error}")
+        return
+    num_exits = sum(figures.exits.values())
+    lost = f"of {figures.acknowledged_bytes:,} bytes; Redis met the full disk {num_exits} times"
+    run.report.add("acknowledged_bytes_lost_disk_full", figures.acknowledged_bytes_lost, lost)
+    run.report.add("records_applied_twice_disk_full", figures.records_applied_twice, f"answers: {figures.errors}")
+    run.report.add("torn_checkpoints_disk_full", figures.torn_checkpoints, f"of {figures.num_checkpoints}")
+
+
+def cuts(run: Run) -> None:
+    from file_cuts import file_cuts
+
+    num_random, num_last = run.count(1_500, 15), run.count(6_000, 0)
+    figures = asyncio.run(file_cuts(num_random, num_last, SEED, run.directory))
+    _say_violations(run, list(figures.problems))
+    run.report.add("file_cuts_wrong", len(figures.problems), f"of {figures.num_cuts}, {figures.num_inside} inside")
+    run.report.add("cut_marks_gone", figures.num_gone, f"of {figures.num_marks} marks presented")
+
+
+def clocks(run: Run) -> None:
+    from clock_jumps import clock_jumps, find_libfaketime
+
+    if (library := find_libfaketime()) is None:
+        run.report.say("    not here: libfaketime is not installed")
+        return
+    figures = asyncio.run(clock_jumps(run.count(150, 5), SEED, run.directory, library))
+    jumped = f"{figures.num_commits} commits, {figures.num_takeovers} takeovers, jumps {figures.jumps}"
+    run.report.add("stale_commits_accepted_clocks", figures.stale_commits_accepted, jumped)
+    lost = figures.acknowledged_bytes_lost + figures.commits_lost
+    run.report.add("lost_clocks", lost, f"of {figures.acknowledged_bytes:,} bytes and the commits")
+    run.report.add("expired_early_clocks", len(figures.expired_early), str(figures.expired_early))
+    run.report.add("clock_recovery_seconds", figures.slowest_recovery_seconds, "at most, with a lease of 1 s")
+
+
 def promotions(run: Run) -> None:
     from stale_replicas import stale_promotions
 
@@ -202,6 +242,9 @@ SECTIONS: dict[str, Callable[[Run], None]] = {
     "planted": planted,
     "real": real,
     "retries": retries,
+    "full": full,
+    "cuts": cuts,
+    "clocks": clocks,
     "promotions": promotions,
     "equality": equality,
     "stale": stale,

@@ -21,6 +21,7 @@ from eunoe.state_store.storage import (
     Persist,
     PutRecord,
     PutValue,
+    Shorten,
     Storage,
     Versioned,
 )
@@ -167,6 +168,16 @@ async def test_a_deleted_value_is_gone(storage: Storage, key: str) -> None:
     await storage.apply([PutValue(key, b"value", 0), Delete(key)])
 
     assert await storage.get([key]) == [None]
+
+
+async def test_a_shortened_life_ends_at_its_new_end_and_is_never_prolonged(storage: Storage, key: str) -> None:
+    await storage.apply([PutValue(key, b"long", 3_600_000), PutValue(key + "brief", b"brief", 20)])
+    await storage.apply([Shorten(key, 20), Shorten(key + "brief", 3_600_000), Shorten(key + "absent", 20)])
+
+    deadline = time.monotonic() + 10
+    while await storage.get([key, key + "brief", key + "absent"]) != [None] * 3:
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.005)
 
 
 async def test_a_late_repeat_of_what_made_a_record_does_not_bring_it_back(storage: Storage, key: str) -> None:

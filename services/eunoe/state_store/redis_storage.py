@@ -47,6 +47,7 @@ from eunoe.state_store.storage import (
     PutRecord,
     PutValue,
     Refusal,
+    Shorten,
     Versioned,
     Write,
 )
@@ -229,6 +230,8 @@ class RedisStorage:
             match write:
                 case PutValue(key, data, ttl_ms):
                     pipeline.set(key, data, px=ttl_ms or None)
+                case Shorten(key, ttl_ms):
+                    pipeline.pexpire(key, ttl_ms, lt=True)
                 case Delete(key):
                     pipeline.unlink(key)
                 case IndexAdd(key, score, member):

@@ -73,6 +73,13 @@ class Persist(NamedTuple):
     key: str
 
 
+class Shorten(NamedTuple):
+    """Let a value that is there live for at most `ttl_ms` from now. Not in a swap."""
+
+    key: str
+    ttl_ms: int
+
+
 class Delete(NamedTuple):
     """Remove a record, value or whole index without a trace."""
 
@@ -103,7 +110,7 @@ class AddTotal(NamedTuple):
 
 
 Expectation = ExpectVersion | ExpectStaged | ExpectRoom
-Write = PutRecord | BuryRecord | PutValue | Persist | Delete | IndexAdd | IndexRemove | AddTotal
+Write = PutRecord | BuryRecord | PutValue | Persist | Shorten | Delete | IndexAdd | IndexRemove | AddTotal
 
 
 class Conflict(NamedTuple):

@@ -39,7 +39,7 @@ class StateStore:
         self.streams = Streams(environment, logs=self.logs, workers=self.workers, backlog=self.backlog)
         self.erasures = Erasures(environment, self.streams)
         self.api_keys = ApiKeys(environment, pepper)
-        self.sweeper = Sweeper(environment.storage, self.streams)
+        self.sweeper = Sweeper(environment.storage, self.streams, self.workers)
         self._background: set[asyncio.Task[None]] = set()
 
     async def commit(

@@ -8,7 +8,7 @@ from eunoe.runtime.errors import EunoeError
 from eunoe.state_store import keys
 from eunoe.state_store.storage import Storage
 from eunoe.state_store.streams import Streams
-from eunoe.state_store.workers import all_members
+from eunoe.state_store.workers import WorkerDirectory, all_members
 
 logger = logging.getLogger(__name__)
 
@@ -16,12 +16,14 @@ logger = logging.getLogger(__name__)
 class Sweeper:
     """Goes over all streams of all tenants, now and then."""
 
-    def __init__(self, storage: Storage, streams: Streams) -> None:
+    def __init__(self, storage: Storage, streams: Streams, workers: WorkerDirectory) -> None:
         self._storage = storage
         self._streams = streams
+        self._workers = workers
 
     async def sweep(self) -> None:
         """Go over everything once; what fails is logged and left to the next sweep."""
+        await self._workers.shorten_lives()
         for tenant in await all_members(self._storage, keys.TENANTS):
             for stream_id in await all_members(self._storage, keys.stream_ids(tenant)):
                 await self._attempt(tenant, f"tenants/{tenant}/streams/{stream_id}", "")

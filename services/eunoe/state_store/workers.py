@@ -12,7 +12,7 @@ from eunoe.runtime.errors import InvalidRequest, Unavailable
 from eunoe.state_store import keys
 from eunoe.state_store.metadata import StreamMetadata
 from eunoe.state_store.metadata_codec import decode
-from eunoe.state_store.storage import Delete, IndexAdd, IndexRemove, PutValue, Storage, Write
+from eunoe.state_store.storage import Delete, IndexAdd, IndexRemove, PutValue, Shorten, Storage, Write
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +42,15 @@ class WorkerDirectory:
 
     async def is_alive(self, worker_id: str) -> bool:
         return (await self._storage.get([keys.worker(worker_id)]))[0] is not None
+
+    async def shorten_lives(self) -> None:
+        """Let every worker count as alive for at most `worker_seconds` from now.
+
+        A database whose clock was set back would let one that does not renew any more live as much longer.
+        """
+        worker_ids = await all_members(self._storage, keys.WORKERS)
+        if worker_ids:
+            await self._storage.apply([Shorten(keys.worker(worker_id), self._ttl_ms) for worker_id in worker_ids])
 
     async def living(self, model: str) -> list[pb.Worker]:
         """Living workers of a model ("" for all), sorted by incarnation; forgets dead ones."""
