@@ -10,7 +10,7 @@
   + OffsetGap                OUT_OF_RANGE          the record starts above the accepted offset
   + FailedPrecondition       FAILED_PRECONDITION   true input, wrong state
   |   + ContentMismatch, CarryOpen, OffsetUnavailable, ModelMismatch, MissingChunk, KeyUnavailable,
-  |     FoldFailed
+  |     UnknownFormat, FoldFailed
   + Conflict                 ABORTED               somebody else was first: look again
   |   + NotOwner, LeaseLost, VersionConflict
   + Overloaded               RESOURCE_EXHAUSTED    retry after `retry_after_seconds`
@@ -210,6 +210,14 @@ class MissingChunk(FailedPrecondition):
 @dataclass(eq=False)
 class KeyUnavailable(FailedPrecondition):
     """A stream is encrypted, and the state store does not have the key."""
+
+
+@dataclass(eq=False)
+class UnknownFormat(FailedPrecondition):
+    """What is stored was written by another version: it has format `found`, this version reads `known`."""
+
+    found: str = field(kw_only=True)
+    known: str = field(kw_only=True)
 
 
 @dataclass(eq=False)

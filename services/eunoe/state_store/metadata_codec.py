@@ -10,7 +10,7 @@ from typing import Any
 
 import xxhash
 
-from eunoe.runtime.errors import CorruptState
+from eunoe.runtime.errors import CorruptState, UnknownFormat
 from eunoe.state_store.metadata import (
     ChunkRef,
     DecisionRun,
@@ -41,13 +41,18 @@ def decode(data: bytes) -> StreamMetadata:
     """The record that `encode` was called on.
 
     Raises:
-        CorruptState: If the bytes are no record, are not those that were written, or are of a later format.
+        CorruptState: If the bytes are no record, or are not those that were written.
+        UnknownFormat: If they are of another format.
     """
     try:
         fields = json.loads(_verified(data))
         found_format = fields.pop("format")
         if found_format != FORMAT:
-            raise CorruptState(f"a stream's record has format {found_format}; this version reads {FORMAT}")
+            raise UnknownFormat(
+                f"a stream's record has format {found_format}; this version reads {FORMAT}",
+                found=str(found_format),
+                known=str(FORMAT),
+            )
         fields["settings"] = Settings(*fields["settings"])
         fields["carry"] = bytes.fromhex(fields["carry"])
         fields["sources"] = tuple(Source(*source) for source in fields["sources"])

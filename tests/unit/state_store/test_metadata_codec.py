@@ -4,7 +4,7 @@ from dataclasses import replace
 import pytest
 import xxhash
 
-from eunoe.runtime.errors import CorruptState
+from eunoe.runtime.errors import CorruptState, UnknownFormat
 from eunoe.state_store.metadata import (
     ChunkRef,
     DecisionRun,
@@ -89,10 +89,16 @@ def test_fields_of_a_later_version_are_kept_for_it() -> None:
     assert json.loads(encode(replace(record, accepted_offset=91))[32:]) == {**fields, "accepted_offset": 91}
 
 
-@pytest.mark.parametrize(
-    "change", [{"format": 3}, {"format": 1}, {"carry": "zz"}, {"settings": [1]}, {"lease": 5}, {"checkpoints": [{}]}]
-)
-def test_a_damaged_or_later_record_is_refused(change: dict[str, object]) -> None:
+@pytest.mark.parametrize("found", [1, 3])
+def test_a_record_of_another_format_is_named_as_that(found: int) -> None:
+    with pytest.raises(UnknownFormat) as error:
+        decode(with_digest({**json.loads(encode(FULL)[32:]), "format": found}))
+
+    assert (error.value.found, error.value.known) == (str(found), "2")
+
+
+@pytest.mark.parametrize("change", [{"carry": "zz"}, {"settings": [1]}, {"lease": 5}, {"checkpoints": [{}]}])
+def test_a_damaged_record_is_refused(change: dict[str, object]) -> None:
     with pytest.raises(CorruptState):
         decode(with_digest({**json.loads(encode(FULL)[32:]), **change}))
 
