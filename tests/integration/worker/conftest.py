@@ -116,6 +116,13 @@ class Platform:
             call = ModelWorkerClient(channel).score(api.ScoreRequest(stream=name, **request), lease)
             return [log_prob async for response in call for log_prob in response.tokens.log_probs]
 
+    async def verify(self, worker: ModelWorker, name: str) -> api.VerifySummary:
+        """The end of a VerifyStream at `worker`."""
+        async with open_channel(worker.address) as channel:
+            call = ModelWorkerClient(channel).verify_stream(api.VerifyStreamRequest(name=name))
+            *_, last = [response async for response in call]
+            return last.summary
+
     async def until(self, condition: Callable[[], Awaitable[bool]]) -> None:
         """Wait until a condition holds."""
         async with asyncio.timeout(20):
