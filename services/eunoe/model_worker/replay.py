@@ -81,9 +81,7 @@ class Recorded:
         """The first checkpoint that the fold, which has ended, did not come to."""
         for manifest in self._awaited():
             if manifest.tokens > fold.num_tokens or manifest.tokens % self._segment_length:
-                return _of_memory(
-                    manifest, f"no segment of the log ends after the checkpoint's {manifest.tokens} tokens"
-                )
+                return _of_memory(manifest, f"no segment of the log ends after {manifest.tokens} tokens")
         return None
 
     def num_folded(self, fold: StreamFold) -> int:

@@ -64,8 +64,10 @@ class Verification:
         finally:
             task.cancel()
 
-    def _note_end(self, _: "asyncio.Task[api.VerifySummary]") -> None:
+    def _note_end(self, task: "asyncio.Task[api.VerifySummary]") -> None:
         self._is_running = False
+        if not task.cancelled():
+            task.exception()  # Somebody who cancelled the call does not ask for it.
 
     async def _verified(self, name: str, progress: api.VerifyProgress) -> api.VerifySummary:
         while True:
@@ -175,7 +177,10 @@ class _Attempt:
         parts = self._parts
         is_known = manifest.encoding_version == state_codec.VERSION
         if is_known and manifest.model_digest == parts.decoder.model_digest:
-            return await parts.checkpoints.load(self._name, manifest, settings)
+            state = await parts.checkpoints.load(self._name, manifest, settings)
+            if state.num_tokens != manifest.tokens:
+                raise CorruptState(f"a checkpoint of {state.num_tokens} tokens is said to have {manifest.tokens}")
+            return state
         async for _ in parts.store.read_chunks(pb.ReadChunksRequest(name=self._name, chunks=manifest.chunks)):
             pass
         return None

@@ -345,17 +345,50 @@ async def test_an_oldest_record_whose_chain_cannot_be_checked_is_found_by_the_fo
     assert difference.part == api.VERIFIED_PART_MEMORY
 
 
-async def test_a_log_that_does_not_fit_to_its_checkpoint_is_different(
-    platform: Any, a_read_stream: ReadStream, plant: Planter
+@pytest.mark.parametrize("index", [0, 1, 2])
+async def test_a_checkpoint_of_more_tokens_than_its_memory_has_is_different(
+    platform: Any, a_read_stream: ReadStream, plant: Planter, index: int
 ) -> None:
     worker = await platform.worker()
     name = await a_read_stream(worker)
+    retained = await checkpoints(platform, name)
 
-    await plant.checkpoint(name, 2, lambda manifest: dataclasses.replace(manifest, tokens=manifest.tokens + 160))
+    await plant.checkpoint(name, index, lambda manifest: dataclasses.replace(manifest, tokens=manifest.tokens + 160))
+
+    difference = (await platform.verify(worker, name)).difference
+    assert (difference.part, difference.offset) == (api.VERIFIED_PART_CHECKPOINT, retained[index].applied_offset)
+
+
+async def test_a_log_that_ends_before_its_newest_checkpoint_is_different(
+    platform: Any, a_read_stream: ReadStream, plant: Planter, make_text: Text
+) -> None:
+    worker = await platform.worker()
+    name, longer = await a_read_stream(worker), await a_read_stream(worker)
+    before = (await checkpoints(platform, name))[-1]
+    await platform.append(longer, make_text(400, seed=9))
+    foreign = (await platform.flush(worker, longer)).manifest
+    data = [
+        chunk.data
+        async for chunk in platform.store.read_chunks(pb.ReadChunksRequest(name=longer, chunks=foreign.chunks))
+    ]
+    await plant.chunk(before.chunks[0].chunk_id, *data)
+    chunk = foreign.chunks[0]
+    await plant.checkpoint(
+        name,
+        2,
+        lambda manifest: dataclasses.replace(
+            manifest,
+            applied_offset=foreign.applied_offset,
+            applied_pretoken_tokens=foreign.applied_pretoken_tokens,
+            tokens=foreign.tokens,
+            state_digest=foreign.state_digest,
+            chunks=(manifest.chunks[0]._replace(length=chunk.length, digest=chunk.digest.hex()),),
+        ),
+    )
 
     difference = (await platform.verify(worker, name)).difference
     assert difference.part == api.VERIFIED_PART_MEMORY
-    assert "no segment of the log ends after" in difference.message
+    assert difference.message.startswith("no segment of the log ends after")
 
 
 async def test_other_numerics_are_unverifiable_and_nothing_is_folded(platform: Any, a_read_stream: ReadStream) -> None:
