@@ -304,6 +304,24 @@ async def test_a_worker_verifies_one_stream_at_a_time_and_lets_go_of_one_that_no
     await platform.until(is_free)
 
 
+async def test_a_long_verification_does_not_starve_a_stream_that_is_served(platform: Any, make_text: Text) -> None:
+    worker = await platform.worker(checkpoint_segments=1000)
+    large, small = await platform.stream(retain_log=True), await platform.stream()
+    await platform.append(large, make_text(30_000))
+    await platform.flush(worker, large)
+    await platform.append(small, make_text(300))
+
+    verifying = asyncio.create_task(platform.verify(worker, large))
+
+    async def is_folding() -> bool:
+        return not worker.parts.engine.is_idle
+
+    await platform.until(is_folding)
+    await platform.flush(worker, small)
+    assert not verifying.done()
+    assert (await verifying).verdict == api.VERDICT_VERIFIED
+
+
 async def test_progress_comes_before_the_verdict(
     platform: Any, a_read_stream: ReadStream, monkeypatch: pytest.MonkeyPatch
 ) -> None:
