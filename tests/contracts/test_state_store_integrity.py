@@ -43,6 +43,22 @@ async def test_a_flipped_byte_of_a_record_is_noticed(caller: Any) -> None:
         await caller.store.logs.append(caller.name(), Append(offset=0, data=b"one"))
 
 
+async def test_a_damaged_record_of_a_trimmed_log_is_corrupt_and_named(caller: Any) -> None:
+    await caller.create()
+    await caller.append(b"0123456789")
+    fence = await caller.acquire()
+    for offset in (1, 5, 10):
+        await caller.commit(fence, offset)
+    await caller.append(b"abc", b"def")
+    (key,) = await record_keys(caller, 13)
+
+    await put(caller, key, (await raw(caller, key))[:-1])
+
+    with pytest.raises(CorruptState) as error:
+        await caller.read(1)
+    assert error.value.lost_from == 13
+
+
 async def test_records_of_equal_length_cannot_change_places(caller: Any) -> None:
     await caller.create()
     await caller.append(b"one", b"two")

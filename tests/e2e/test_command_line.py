@@ -183,3 +183,13 @@ def test_bytes_that_are_no_text_are_refused_and_lose_nothing(eunoe: Run, tmp_pat
     assert done.code == 2
     assert "INVALID_UTF8" in done.error
     assert json.loads(eunoe("stream", "no-text", "--json").output)["accepted_offset"] == 0
+
+
+def test_verify_folds_a_stream_anew(eunoe: Run, read_book: str) -> None:
+    done = eunoe("verify", read_book, "--json")
+    stream = eunoe("stream", read_book, "--json").json
+    assert done.code == 0, done.error
+    assert done.json["verdict"] == "verified"
+    assert done.json["to_offset"] == stream["applied_offset"]
+    assert eunoe("verify", read_book).output.startswith(f"{read_book}: VERIFIED\n")
+    assert eunoe("verify", "nobody").code == 3

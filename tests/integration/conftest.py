@@ -27,7 +27,7 @@ from eunoe.internal.v1 import model_worker_pb2 as pb
 from eunoe.internal.v1 import model_worker_pb2_grpc
 from eunoe.internal.v1 import state_store_pb2 as store_pb
 from eunoe.internal.v1.state_store_pb2 import Lease
-from eunoe.runtime.errors import NotOwner, PromptTooLong
+from eunoe.runtime.errors import EunoeError, NotOwner, PromptTooLong
 from eunoe.runtime.grpc_channel import open_channel
 from eunoe.runtime.grpc_server import GrpcServer
 
@@ -51,6 +51,7 @@ class FakeWorker(model_worker_pb2_grpc.ModelWorkerServiceServicer):
     Attributes:
         memories: The streams that it owns.
         num_calls: How often each RPC was called.
+        summary: What it says of every stream it is to verify; an error is raised instead.
         is_open: Generate waits for it before each token but the first.
         has_cancelled: A Generate was cancelled.
     """
@@ -59,6 +60,7 @@ class FakeWorker(model_worker_pb2_grpc.ModelWorkerServiceServicer):
         self.worker_id = uuid.uuid4().hex
         self.memories: dict[str, FakeMemory] = {}
         self.num_calls: Counter[str] = Counter()
+        self.summary: api.VerifySummary | EunoeError = api.VerifySummary(verdict=api.VERDICT_VERIFIED)
         self.is_open = asyncio.Event()
         self.is_open.set()
         self.has_cancelled = asyncio.Event()
@@ -164,6 +166,15 @@ class FakeWorker(model_worker_pb2_grpc.ModelWorkerServiceServicer):
         await self._held(request.request.name, request.lease)
         head = api.HeadMemory(layer=0, head=0, positions=[0], token_ids=[1], texts=["a"])
         yield pb.InspectMemoryResponse(response=api.InspectMemoryResponse(head=head))
+
+    async def VerifyStream(
+        self, request: pb.VerifyStreamRequest, context: Any
+    ) -> AsyncIterator[pb.VerifyStreamResponse]:
+        self.num_calls["VerifyStream"] += 1
+        yield pb.VerifyStreamResponse(response=api.VerifyStreamResponse(progress=api.VerifyProgress(tokens=1)))
+        if isinstance(self.summary, EunoeError):
+            raise self.summary
+        yield pb.VerifyStreamResponse(response=api.VerifyStreamResponse(summary=self.summary))
 
     async def _held(self, name: str, lease: Lease) -> FakeMemory:
         if lease.worker != self.worker_id:

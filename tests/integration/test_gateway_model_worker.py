@@ -70,6 +70,32 @@ async def test_a_document_is_read_and_answered_about(stub: Any, workers: list[Mo
     assert sum(len(score.tokens.log_probs) for score in scores) > 0
 
 
+async def test_a_document_its_fork_and_its_import_are_verified(
+    stub: Any, workers: list[ModelWorker], append_to: Any
+) -> None:
+    pieces = [TEXT.encode()[i : i + 50] for i in range(0, len(TEXT), 50)]
+    stream = await ingested(stub, append_to, workers[0].config.model_name, pieces)
+    fork = (await stub.ForkStream(api.ForkStreamRequest(name=stream.name))).stream
+    exported = [r.data async for r in stub.ExportStream(api.ExportStreamRequest(name=stream.name))]
+    imported = (await stub.ImportStream(iter([api.ImportStreamRequest(data=b"".join(exported))]))).stream
+
+    for each in (stream, fork, imported):
+        for _ in range(2):
+            now = (await stub.GetStream(api.GetStreamRequest(name=each.name))).stream
+            summary = await verified(stub, each.name)
+            assert (summary.verdict, summary.to_offset) == (api.VERDICT_VERIFIED, now.applied_offset)
+            client = await append_to(stub, each.name)
+            await client.record(TEXT.encode())
+            await client.finish()
+        assert (await verified(stub, each.name)).tokens_folded > 0
+
+
+async def verified(stub: Any, name: str) -> api.VerifySummary:
+    *_, last = [r async for r in stub.VerifyStream(api.VerifyStreamRequest(name=name))]
+    summary: api.VerifySummary = last.summary
+    return summary
+
+
 async def test_a_worker_that_dies_in_the_middle_leaves_the_same_memory(
     stub: Any, workers: list[ModelWorker], append_to: Any
 ) -> None:

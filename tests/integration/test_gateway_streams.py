@@ -35,6 +35,7 @@ NAMED_REQUESTS = {
     "ForkStream": lambda name: api.ForkStreamRequest(name=name),
     "ExportStream": lambda name: api.ExportStreamRequest(name=name),
     "InspectMemory": lambda name: api.InspectMemoryRequest(name=name),
+    "VerifyStream": lambda name: api.VerifyStreamRequest(name=name),
 }
 NAMELESS = {"CreateStream", "ListStreams", "ImportStream", "ListModels", "GetUsage"}
 

@@ -1,6 +1,7 @@
 """The `eunoe` command: options for all, the list of commands, errors to exit codes.
 
-Exit codes: 0 ok, 1 an error of the platform, 2 wrong usage or input, 3 not found, 4 unavailable, 130 interrupted.
+Exit codes: 0 ok, 1 an error of the platform, 2 wrong usage or input, 3 not found, 4 unavailable, 5 a stream is not what
+was recorded of it, 6 what verifying it takes is missing, 130 interrupted.
 """
 
 import os
@@ -10,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from eunoe.cli import administration, answers, ingest, local, streams
+from eunoe.cli import administration, answers, ingest, local, streams, verification
 from eunoe.cli.connect import ConnectionOptions, NotReachable
 
 EXIT_ERROR, EXIT_USAGE, EXIT_NOT_FOUND, EXIT_UNAVAILABLE, EXIT_INTERRUPTED = 1, 2, 3, 4, 130
@@ -63,6 +64,7 @@ for command in (
     streams.import_,
     streams.rm,
     streams.inspect,
+    verification.verify,
     administration.models,
     administration.usage,
     local.demo,

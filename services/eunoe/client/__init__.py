@@ -15,16 +15,22 @@ is repeated while the platform is away; an append goes on by itself where it was
 from eunoe.api.v1.long_context_pb2 import (
     ChatTurn,
     DeletionReceipt,
+    Difference,
     Freshness,
     GeneratedTokens,
     GenerateSummary,
     HeadMemory,
+    Missing,
     Model,
     PositionMode,
     RecordKind,
     ScoredTokens,
     Stream,
     StreamSettings,
+    Verdict,
+    VerifiedPart,
+    VerifyProgress,
+    VerifySummary,
 )
 from eunoe.client.append import AppendProgress
 from eunoe.client.asynchronous import AsyncClient, MemoryInspection
@@ -53,6 +59,7 @@ __all__ = [
     "ChatTurn",
     "Client",
     "DeletionReceipt",
+    "Difference",
     "EunoeError",
     "FailedPrecondition",
     "Freshness",
@@ -62,6 +69,7 @@ __all__ = [
     "HeadMemory",
     "InvalidRequest",
     "MemoryInspection",
+    "Missing",
     "Model",
     "NotFound",
     "Overloaded",
@@ -76,4 +84,8 @@ __all__ = [
     "TlsConfig",
     "Unauthenticated",
     "Unavailable",
+    "Verdict",
+    "VerifiedPart",
+    "VerifyProgress",
+    "VerifySummary",
 ]

@@ -387,6 +387,32 @@ class AsyncClient:
 
         return await self._connection.retry(attempt)
 
+    async def verify_stream(
+        self, stream: str, *, on_progress: Callable[[api.VerifyProgress], None] | None = None
+    ) -> api.VerifySummary:
+        """Check a stream against its own past, and fold its log anew: is its memory what its log makes of it?
+
+        Args:
+            stream: Which.
+            on_progress: Called about once a second, on the client's thread.
+
+        Raises:
+            Conflict: If the stream goes on faster than it can be verified.
+            Overloaded: If all workers are busy with other verifications.
+        """
+        request = api.VerifyStreamRequest(name=stream_name(stream))
+
+        async def attempt() -> api.VerifySummary:
+            async for response in self._connection.stub.VerifyStream(request, metadata=self._connection.metadata):
+                if response.HasField("summary"):
+                    summary: api.VerifySummary = response.summary
+                    return summary
+                if on_progress is not None:
+                    on_progress(response.progress)
+            raise Unavailable("the server ended the verification before its verdict")
+
+        return await self._connection.retry(attempt)
+
     async def list_models(self) -> list[api.Model]:
         """The served models with their limits and the bytes a stream's memory takes."""
         response = await self._connection.unary("ListModels", api.ListModelsRequest())

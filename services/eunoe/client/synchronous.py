@@ -161,5 +161,6 @@ class Client:
     export_stream = _blocking(AsyncClient.export_stream)
     import_stream = _blocking(AsyncClient.import_stream)
     inspect_memory = _blocking(AsyncClient.inspect_memory)
+    verify_stream = _blocking(AsyncClient.verify_stream)
     list_models = _blocking(AsyncClient.list_models)
     get_usage = _blocking(AsyncClient.get_usage)

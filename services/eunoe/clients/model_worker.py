@@ -24,7 +24,7 @@ ADVANCE_SECONDS = 5.0
 
 
 class ModelWorkerClient:
-    """Calls of one worker. Every method raises NotOwner where the lease is not the worker's."""
+    """Calls of one worker. Every method that takes a lease raises NotOwner where it is not the worker's."""
 
     def __init__(self, channel: grpc.aio.Channel) -> None:
         self._stub = model_worker_pb2_grpc.ModelWorkerServiceStub(channel)
@@ -66,6 +66,13 @@ class ModelWorkerClient:
     ) -> AsyncGenerator[api.InspectMemoryResponse, None]:
         """Which tokens the committed memory keeps."""
         call = self._stub.InspectMemory(pb.InspectMemoryRequest(lease=lease, request=request), timeout=timeout_seconds)
+        return _responses(call, attrgetter("response"))
+
+    def verify_stream(
+        self, request: api.VerifyStreamRequest, timeout_seconds: float | None = None
+    ) -> AsyncGenerator[api.VerifyStreamResponse, None]:
+        """Check a stream of the worker's model against its past; the last response has the summary."""
+        call = self._stub.VerifyStream(pb.VerifyStreamRequest(request=request), timeout=timeout_seconds)
         return _responses(call, attrgetter("response"))
 
 

@@ -147,6 +147,21 @@ class StateStoreClient:
             except grpc.RpcError as error:
                 await pauses.wait(from_rpc_error(error))
 
+    async def check_history(self, request: pb.CheckHistoryRequest) -> AsyncIterator[pb.CheckHistoryResponse]:
+        """Check a stream's hash chains: progress, then the history. A broken connection begins anew.
+
+        It may take as long as it goes on: a retained log has no limit but its quota.
+        """
+        pauses = _Pauses(self._deadline_seconds)
+        while True:
+            try:
+                async for response in self._stub.CheckHistory(request):
+                    yield response
+                    pauses = _Pauses(self._deadline_seconds)
+                return
+            except grpc.RpcError as error:
+                await pauses.wait(from_rpc_error(error))
+
     def _stream_seconds(self) -> float:
         # A stream of messages moves up to hundreds of MiB: several times what one message may take.
         return 6 * self._deadline_seconds

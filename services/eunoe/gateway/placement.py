@@ -125,6 +125,17 @@ class Placement:
                 return response
         raise AssertionError("one answer comes or an error")
 
+    async def bystanders(self, name: str) -> list[ModelWorkerClient]:
+        """Some workers of the stream's model, for what takes no lease: the stream's owner comes last.
+
+        Raises:
+            StreamNotFound.
+        """
+        record = (await self._store.get_stream(store_pb.GetStreamRequest(name=name))).record
+        workers = list((await self._store.list_workers(store_pb.ListWorkersRequest(model=record.stream.model))).workers)
+        workers.sort(key=lambda worker: (worker.worker == record.lease.worker, _rank(name, worker)))
+        return [await self._worker(worker.address) for worker in workers[:_MAX_ASKED_WORKERS]]
+
     def forget(self, name: str) -> None:
         """Drop what is remembered of a deleted stream."""
         self._leases.pop(name, None)
@@ -169,7 +180,7 @@ class Placement:
         workers = (await self._store.list_workers(store_pb.ListWorkersRequest(model=model))).workers
         candidates = [worker for worker in workers if asks_suspect or worker.worker != owner]
         # The same order for a stream at every gateway: two that ask at once ask the same worker.
-        candidates.sort(key=lambda w: (w.worker != owner, hashlib.sha256(f"{name} {w.worker}".encode()).digest()))
+        candidates.sort(key=lambda worker: (worker.worker != owner, _rank(name, worker)))
         failure: Unavailable | Overloaded | DeadlineTooShort | None = None
         for worker in candidates[:_MAX_ASKED_WORKERS]:
             try:
@@ -199,6 +210,10 @@ class Placement:
                 await oldest.close()
         self._channels.move_to_end(address)
         return ModelWorkerClient(self._channels[address])
+
+
+def _rank(name: str, worker: store_pb.Worker) -> bytes:
+    return hashlib.sha256(f"{name} {worker.worker}".encode()).digest()
 
 
 def _named(error: NotOwner) -> Lease:

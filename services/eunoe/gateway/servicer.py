@@ -15,6 +15,7 @@ from eunoe.gateway.limits import TenantLimits
 from eunoe.gateway.models import ModelDirectory, settings_for, settings_in_effect
 from eunoe.gateway.placement import Placement
 from eunoe.gateway.resources import checked_request_id, new_name, page_token, resolved, stream_id_before_page
+from eunoe.gateway.verification import verify_stream
 from eunoe.internal.v1 import state_store_pb2 as store_pb
 from eunoe.runtime.errors import InvalidRequest
 
@@ -159,6 +160,10 @@ class LongContextServicer(long_context_pb2_grpc.LongContextServiceServicer):
         request_id = checked_request_id(first.request_id)
         pieces = uploaded_pieces(first, requests)
         return api.ImportStreamResponse(stream=await import_stream(self._store, self._models, name, request_id, pieces))
+
+    def VerifyStream(self, request: api.VerifyStreamRequest, context: Any) -> AsyncIterator[api.VerifyStreamResponse]:
+        name = resolved(request.name, current_tenant())
+        return verify_stream(self._placement, name, context.time_remaining())
 
     async def ListModels(self, request: api.ListModelsRequest, context: Any) -> api.ListModelsResponse:
         return api.ListModelsResponse(models=await self._models.served())

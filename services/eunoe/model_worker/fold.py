@@ -82,7 +82,7 @@ class StreamFold:
     Args:
         decoder: Folds.
         tokenizer: Of the same model.
-        policy: Evicts; recorded in the decisions.
+        policy: Evicts; recorded in the decisions. The attribute may be set anew between two turns of `fold`.
         state: At a segment boundary; of a new stream or decoded from a checkpoint.
         manifest: The checkpoint that `state` came from; an empty one for a new stream.
         max_uncommitted_segments: `fold` pauses at so many; the checkpoint must catch up first.
@@ -99,7 +99,7 @@ class StreamFold:
     ) -> None:
         self._decoder = decoder
         self._tokenizer = tokenizer
-        self._policy = policy
+        self.policy = policy
         self._state = state
         self._log = LogTokenizer(
             tokenizer, offset=manifest.applied_offset, num_applied_tokens=manifest.applied_pretoken_tokens
@@ -176,6 +176,10 @@ class StreamFold:
             self._log.feed(data, kind)
             self.fed_offset = self._log.next_offset
 
+    def digest(self) -> str:
+        """Digest of the state as it stands, and of its place in the log."""
+        return state_codec.state_digest(self._state, *self._log.cursor)
+
     def snapshot(self) -> Snapshot:
         """Encode the state as it stands."""
         failpoint("worker.before-snapshot")
@@ -187,7 +191,7 @@ class StreamFold:
             applied_pretoken_tokens=applied_pretoken_tokens,
             tokens=self._state.num_tokens,
             state_bytes=self._state.state_bytes,
-            state_digest=state_codec.state_digest(self._state, applied_offset, applied_pretoken_tokens),
+            state_digest=self.digest(),
             model_digest=self._decoder.model_digest,
             decisions=self._decisions,
             chunks=[
@@ -212,7 +216,7 @@ class StreamFold:
         length = self.settings.segment_length
         failpoint("worker.before-segment")
         self._record_decision()
-        self._decoder.prefill(self._state, self._log.take(length), self._policy)
+        self._decoder.prefill(self._state, self._log.take(length), self.policy)
         failpoint("worker.segment-folded")
         self.num_tokens = self._state.num_tokens
         self.folded_offset = self._log.cursor[0]
@@ -222,7 +226,7 @@ class StreamFold:
 
     def _record_decision(self) -> None:
         """Open a new run where this segment is folded under another decision than the one before it."""
-        policy, numerics_id = self._policy.name, self._decoder.numerics_id
+        policy, numerics_id = self.policy.name, self._decoder.numerics_id
         last = self._decisions[-1] if self._decisions else None
         if last is None or (last.policy, last.numerics_id) != (policy, numerics_id):
             first_segment = self._state.num_tokens // self.settings.segment_length

@@ -7,6 +7,7 @@ from eunoe.internal.v1 import model_worker_pb2 as pb
 from eunoe.internal.v1 import model_worker_pb2_grpc
 from eunoe.model_worker.generation import Generation
 from eunoe.model_worker.inspection import inspect_memory
+from eunoe.model_worker.verification import Verification
 
 if TYPE_CHECKING:
     from eunoe.model_worker.worker import ModelWorker
@@ -15,9 +16,10 @@ if TYPE_CHECKING:
 class ModelWorkerServicer(model_worker_pb2_grpc.ModelWorkerServiceServicer):
     """Answers for one worker."""
 
-    def __init__(self, worker: "ModelWorker", generation: Generation) -> None:
+    def __init__(self, worker: "ModelWorker", generation: Generation, verification: Verification) -> None:
         self._worker = worker
         self._generation = generation
+        self._verification = verification
 
     async def TakeStream(self, request: pb.TakeStreamRequest, context: Any) -> pb.TakeStreamResponse:
         suspect = request.suspect if request.HasField("suspect") else None
@@ -51,3 +53,9 @@ class ModelWorkerServicer(model_worker_pb2_grpc.ModelWorkerServiceServicer):
         stream = await self._worker.held(request.request.name, request.lease)
         async for response in inspect_memory(self._worker.parts, stream):
             yield pb.InspectMemoryResponse(response=response)
+
+    async def VerifyStream(
+        self, request: pb.VerifyStreamRequest, context: Any
+    ) -> AsyncIterator[pb.VerifyStreamResponse]:
+        async for response in self._verification.verify(request.request.name):
+            yield pb.VerifyStreamResponse(response=response)

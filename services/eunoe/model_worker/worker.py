@@ -30,6 +30,7 @@ from eunoe.model_worker.ownership import Ownership
 from eunoe.model_worker.servicer import ModelWorkerServicer
 from eunoe.model_worker.stream import OwnedStream, WorkerParts
 from eunoe.model_worker.sweep import Sweep
+from eunoe.model_worker.verification import Verification
 from eunoe.runtime.errors import EunoeError, ModelMismatch, NotFound, NotOwner, Unavailable
 from eunoe.runtime.failpoints import failpoint
 from eunoe.runtime.grpc_channel import open_channel
@@ -72,6 +73,7 @@ class ModelWorker:
         self.parts: WorkerParts
         self._ownership: Ownership
         self._generation: Generation
+        self._verification: Verification
 
     @property
     def address(self) -> str:
@@ -101,6 +103,7 @@ class ModelWorker:
             admission=Admission(self.ledger, self._drop_idle),
         )
         self._generation = Generation(self.parts)
+        self._verification = Verification(self.parts)
         await self._probe()
         self._metrics.enter_context(serve_metrics(config.metrics_port, config.listen_host))
         await self._server.start()
@@ -227,7 +230,7 @@ class ModelWorker:
 
     def _add_servicers(self, server: grpc.aio.Server) -> None:
         model_worker_pb2_grpc.add_ModelWorkerServiceServicer_to_server(
-            ModelWorkerServicer(self, self._generation), server
+            ModelWorkerServicer(self, self._generation, self._verification), server
         )
 
     def _lock(self, name: str) -> asyncio.Lock:

@@ -70,22 +70,25 @@ class Logs:
         """Records from `offset` on, up to the one that reaches `max_bytes` (0: to the end as it is now).
 
         Raises:
-            StreamNotFound, OffsetUnavailable; CorruptState if a record is gone that must be there.
+            StreamNotFound, OffsetUnavailable; CorruptState if a record that must be there is gone or not what was
+            written.
         """
         tenant, _ = keys.parse_name(name)
         metadata = await Transaction(self._environment, tenant).stream(name)
         log_rules.check_readable(metadata, offset)
         end = min(metadata.accepted_offset, offset + max_bytes) if max_bytes else metadata.accepted_offset
+        reached = offset
         try:
             async for piece in self._pieces(tenant, metadata, offset, end):
                 yield piece
+                reached = piece.offset + len(piece.data)
         except CorruptState as error:
             # Trimmed or deleted while it was read? Then the newer record says so.
             newer = await Transaction(self._environment, tenant).stream(name)
             if newer.uid != metadata.uid:
                 raise StreamNotFound(f"the stream {name} was deleted") from error
-            log_rules.check_readable(newer, error.lost_from)
-            raise
+            log_rules.check_readable(newer, reached)
+            raise CorruptState(error.message, lost_from=reached) from error
 
     async def check_seen(self, metadata: StreamMetadata, seen: LogMark) -> None:
         """Refuse to go on with somebody who has seen a record that the log does not have.

@@ -10,12 +10,14 @@ from eunoe.internal.v1 import state_store_pb2 as pb
 from eunoe.internal.v1.state_store_pb2_grpc import StateStoreServiceServicer
 from eunoe.runtime.errors import EunoeError, InvalidRequest
 from eunoe.state_store.api_keys import ApiKey
+from eunoe.state_store.history import check_history
 from eunoe.state_store.log_rules import Append
 from eunoe.state_store.metadata import Lease
 from eunoe.state_store.store import StateStore
 from eunoe.state_store.stream_rules import Create, Fork, Rebuild
 from eunoe.state_store.translation import (
     chunk_from_proto,
+    history_to_proto,
     lease_to_proto,
     manifest_from_proto,
     mark_from_proto,
@@ -194,6 +196,12 @@ class StateStoreServicer(StateStoreServiceServicer):
         chunks = [chunk_from_proto(chunk) for chunk in request.chunks]
         async for chunk_id, data in self._store.checkpoints.read(request.name, chunks):
             yield pb.ReadChunksResponse(chunk_id=chunk_id, data=data)
+
+    async def CheckHistory(
+        self, request: pb.CheckHistoryRequest, context: Any
+    ) -> AsyncIterator[pb.CheckHistoryResponse]:
+        async for item in check_history(self._store.streams, self._store.logs, request.name):
+            yield history_to_proto(item)
 
     async def CreateApiKey(self, request: pb.CreateApiKeyRequest, context: Any) -> pb.CreateApiKeyResponse:
         key, secret = await self._store.api_keys.create(request.tenant, request.label)

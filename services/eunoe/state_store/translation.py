@@ -7,6 +7,7 @@ from eunoe.internal.v1 import state_store_pb2 as pb
 from eunoe.runtime.errors import InvalidRequest
 from eunoe.state_store.chains import LogMark
 from eunoe.state_store.erasure import Receipt
+from eunoe.state_store.history import Checked, Difference, History
 from eunoe.state_store.metadata import ChunkRef, DecisionRun, Lease, Manifest, Settings, StreamMetadata
 
 
@@ -50,6 +51,28 @@ def record_to_proto(metadata: StreamMetadata) -> pb.StreamRecord:
     if metadata.lease is not None:
         record.lease.CopyFrom(lease_to_proto(metadata.lease))
     return record
+
+
+def history_to_proto(item: Checked | History) -> pb.CheckHistoryResponse:
+    """A sign of progress, or the end."""
+    if isinstance(item, Checked):
+        return pb.CheckHistoryResponse(log_bytes_checked=item.done_bytes, log_bytes=item.log_bytes)
+    history = pb.History(
+        record=record_to_proto(item.metadata), checkpoints=[manifest_to_proto(c) for c in item.metadata.retained]
+    )
+    if item.difference is not None:
+        history.difference.CopyFrom(_difference_to_proto(item.difference))
+    return pb.CheckHistoryResponse(history=history)
+
+
+def _difference_to_proto(difference: Difference) -> api.Difference:
+    return api.Difference(
+        part=api.VERIFIED_PART_LOG if difference.of_log else api.VERIFIED_PART_COMMITS,
+        offset=difference.offset,
+        recorded=difference.recorded,
+        found=difference.found,
+        message=difference.message,
+    )
 
 
 def receipt_to_proto(receipt: Receipt) -> api.DeletionReceipt:

@@ -116,6 +116,18 @@ class Platform:
             call = ModelWorkerClient(channel).score(api.ScoreRequest(stream=name, **request), lease)
             return [log_prob async for response in call for log_prob in response.tokens.log_probs]
 
+    async def verify(self, worker: ModelWorker, name: str) -> api.VerifySummary:
+        """The end of a VerifyStream at `worker`."""
+        async with open_channel(worker.address) as channel:
+            call = ModelWorkerClient(channel).verify_stream(api.VerifyStreamRequest(name=name))
+            *_, last = [response async for response in call]
+            return last.summary
+
+    async def checkpoints(self, name: str) -> list[pb.Manifest]:
+        """The stream's retained checkpoints, oldest first."""
+        *_, last = [r async for r in self.store.check_history(pb.CheckHistoryRequest(name=name))]
+        return list(last.history.checkpoints)
+
     async def until(self, condition: Callable[[], Awaitable[bool]]) -> None:
         """Wait until a condition holds."""
         async with asyncio.timeout(20):
@@ -145,3 +157,17 @@ async def platform(state_store: Any, tiny_model: Path) -> AsyncIterator[Platform
 @pytest.fixture
 def make_text() -> Callable[..., bytes]:
     return text
+
+
+@pytest.fixture
+def a_read_stream(platform: Platform) -> Callable[..., Awaitable[str]]:
+    """Makes a stream of five records and as many checkpoints; gives its name."""
+
+    async def made(worker: ModelWorker, **settings: Any) -> str:
+        name = await platform.stream(**settings)
+        for seed in range(5):
+            await platform.append(name, text(500, seed))
+            await platform.flush(worker, name)
+        return name
+
+    return made
