@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import redis.asyncio as redis
 
+from eunoe.api.v1 import long_context_pb2 as api
 from eunoe.internal.v1 import state_store_pb2 as pb
 from eunoe.runtime.errors import CorruptState
 from eunoe.state_store import keys
@@ -100,3 +101,22 @@ async def test_the_owner_goes_on_over_a_damaged_checkpoint(platform: Any, make_t
 
     assert record.stream.state_digest == await platform.digest(worker, data + more)
     assert record.manifest.version == records[-1].manifest.version + 1
+
+
+async def test_a_healed_stream_verifies_once_the_damaged_checkpoint_is_retired(
+    platform: Any, make_text: Text, damage: Damage
+) -> None:
+    worker = await platform.worker()
+    records = await checkpoints(platform, worker, make_text(2400))
+    name = records[-1].stream.name
+    await damage(records[-1].manifest)
+    await platform.kill(worker)
+    other = await platform.worker()
+    await platform.flush(other, name)
+    assert (await platform.verify(other, name)).difference.part == api.VERIFIED_PART_CHECKPOINT
+
+    for seed in range(3):
+        await platform.append(name, make_text(400, seed))
+        await platform.flush(other, name)
+
+    assert (await platform.verify(other, name)).verdict == api.VERDICT_VERIFIED
