@@ -174,6 +174,24 @@ def storm(run: Run) -> None:
         run.report.add(f"mib_per_1000_cancelled_{name}", mib, f"{figures.num_calls} calls")
 
 
+def slow(run: Run) -> None:
+    from slow_clients import Ending, slow_clients
+
+    endings: list[Ending] = ["reset", "cancel", "black hole"]
+    figures = asyncio.run(
+        slow_clients(
+            _tiny_model(run), endings[: run.count(3, 2)], num_each=run.count(4, 1), seconds=5.0, export_mib=128
+        )
+    )
+    num_clients = sum(figures.num_clients.values())
+    exported = f"{num_clients} slow clients, exports of {figures.export_mib} MiB among them"
+    run.report.add("slow_clients_gateway_growth_mib", figures.growth_mib["gateway"], exported)
+    quiet = f"at most {figures.crowded_ms[1]:.0f}; without them {figures.quiet_ms[0]:.0f}, {figures.quiet_ms[1]:.0f}"
+    run.report.add("beside_slow_clients_p50_ms", figures.crowded_ms[0], quiet)
+    for ending, seconds in figures.given_back_seconds.items():
+        run.report.add(f"given_back_seconds_after_{ending.replace(' ', '_')}", seconds, "calls, copies, connections")
+
+
 def fuzzed(run: Run) -> None:
     from fuzzing import TARGETS, fuzz
 
@@ -208,6 +226,7 @@ SECTIONS: dict[str, Callable[[Run], None]] = {
     "flips": flips,
     "stall": stall,
     "storm": storm,
+    "slow": slow,
     "fuzz": fuzzed,
     "recovery": recovered,
 }
