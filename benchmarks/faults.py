@@ -192,6 +192,18 @@ def slow(run: Run) -> None:
         run.report.add(f"given_back_seconds_after_{ending.replace(' ', '_')}", seconds, "calls, copies, connections")
 
 
+def gateway(run: Run) -> None:
+    from gateway_kills import gateway_kills
+
+    figures = asyncio.run(gateway_kills(run.count(100, 3), SEED))
+    of_all = f"of {figures.num_bytes:,} in {figures.num_streams} streams, {figures.num_kills} kills"
+    run.report.add("gateway_kills_lost_bytes", figures.lost_bytes, of_all)
+    run.report.add("gateway_kills_surplus_bytes", figures.surplus_bytes, f"{figures.num_reconnects} calls opened again")
+    run.report.add("gateway_kills_wrong_streams", len(figures.wrong), _kinds(figures.kinds))
+    longest = f"from kill -9 to the next acknowledged record; at most {max(figures.pauses):.2f}"
+    run.report.add("gateway_kill_pause_p50_seconds", figures.pause_p50_seconds, longest)
+
+
 def fuzzed(run: Run) -> None:
     from fuzzing import TARGETS, fuzz
 
@@ -227,6 +239,7 @@ SECTIONS: dict[str, Callable[[Run], None]] = {
     "stall": stall,
     "storm": storm,
     "slow": slow,
+    "gateway": gateway,
     "fuzz": fuzzed,
     "recovery": recovered,
 }

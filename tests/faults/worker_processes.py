@@ -122,6 +122,8 @@ class Gateway(Process):
 
     def __init__(self, store_address: str, directory: Path, settings: dict[str, Any]) -> None:
         self._ready_file = directory / "gateway.json"
+        # Of one that was killed before.
+        self._ready_file.unlink(missing_ok=True)
         self.address = ""
         defaults = {
             "state_store_address": store_address,
