@@ -112,20 +112,29 @@ def stale(run: Run) -> None:
 
 
 def flips(run: Run) -> None:
-    from corruption import flip_sweep
+    from corruption import DAMAGES, damage_sweep
 
     from eunoe.decoder.decoder import Decoder
 
     decoder = Decoder.load(_tiny_model(run), num_threads=1)
-    num_flips = run.count(5_000, 200)
     with _redis(run) as socket:
-        url = f"unix://{socket}"
-        sweeps = [
-            asyncio.run(flip_sweep(decoder, url, num_flips=num_flips, seed=SEED, is_encrypted=is_encrypted))
-            for is_encrypted in (False, True)
-        ]
-    num_detected, num_all = sum(s.num_detected for s in sweeps), sum(s.num_flips for s in sweeps)
-    run.report.add("flips_detected_share", num_detected / num_all, f"of {num_all} flipped bits, half of them encrypted")
+        for name, damages, num_tries in (("flips", DAMAGES[:1], 5_000), ("other_damages", DAMAGES[1:], 2_000)):
+            num_tries = run.count(num_tries, 200)
+            sweeps = [
+                asyncio.run(
+                    damage_sweep(
+                        decoder,
+                        f"unix://{socket}",
+                        num_tries=num_tries,
+                        seed=SEED,
+                        is_encrypted=is_encrypted,
+                        damages=damages,
+                    )
+                )
+                for is_encrypted in (False, True)
+            ]
+            share = 1 - sum(len(sweep.silent) for sweep in sweeps) / (2 * num_tries)
+            run.report.add(f"{name}_detected_share", share, f"of {2 * num_tries}, half of them encrypted values")
 
 
 def stall(run: Run) -> None:
