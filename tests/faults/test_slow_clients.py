@@ -18,7 +18,7 @@ def check(figures: SlowFigures) -> None:
 
 
 async def test_slow_clients_are_held_back_and_leave_nothing_behind(tiny_model: Path) -> None:
-    figures = await slow_clients(tiny_model, ["reset"], num_each=1, seconds=0.5, export_mib=96)
+    figures = await slow_clients(tiny_model, ["reset"], num_each=1, seconds=0.5, export_mib=64)
 
     check(figures)
     assert set(figures.given_back_seconds) == {"reset"}
