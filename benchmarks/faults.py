@@ -62,7 +62,8 @@ def planted(run: Run) -> None:
     found = [hunt(defect) for defect in DEFECTS]
     for caught in found:
         run.report.say(f"    {caught.defect}: {caught.finder or 'NOT FOUND'} in {caught.seconds:.1f} s")
-    by_search_alone = [hunt(defect, {"search": by_search}) for defect in DEFECTS[: run.count(len(DEFECTS), 5)]]
+    of_the_store = [defect for defect in DEFECTS if defect.layer == "store"]
+    by_search_alone = [hunt(defect, {"search": by_search}) for defect in of_the_store[: run.count(len(DEFECTS), 5)]]
     run.report.add("planted_defects_caught", sum(bool(caught.finder) for caught in found), f"of {len(DEFECTS)}")
     run.report.add("planted_defects_found_by_search", sum(bool(c.finder) for c in by_search_alone), "by it alone")
     run.report.add(
@@ -152,20 +153,29 @@ def stale(run: Run) -> None:
 
 
 def flips(run: Run) -> None:
-    from corruption import flip_sweep
+    from corruption import DAMAGES, damage_sweep
 
     from eunoe.decoder.decoder import Decoder
 
     decoder = Decoder.load(_tiny_model(run), num_threads=1)
-    num_flips = run.count(5_000, 200)
     with _redis(run) as socket:
-        url = f"unix://{socket}"
-        sweeps = [
-            asyncio.run(flip_sweep(decoder, url, num_flips=num_flips, seed=SEED, is_encrypted=is_encrypted))
-            for is_encrypted in (False, True)
-        ]
-    num_detected, num_all = sum(s.num_detected for s in sweeps), sum(s.num_flips for s in sweeps)
-    run.report.add("flips_detected_share", num_detected / num_all, f"of {num_all} flipped bits, half of them encrypted")
+        for name, damages, num_tries in (("flips", DAMAGES[:1], 5_000), ("other_damages", DAMAGES[1:], 2_000)):
+            num_tries = run.count(num_tries, 200)
+            sweeps = [
+                asyncio.run(
+                    damage_sweep(
+                        decoder,
+                        f"unix://{socket}",
+                        num_tries=num_tries,
+                        seed=SEED,
+                        is_encrypted=is_encrypted,
+                        damages=damages,
+                    )
+                )
+                for is_encrypted in (False, True)
+            ]
+            share = 1 - sum(len(sweep.silent) for sweep in sweeps) / (2 * num_tries)
+            run.report.add(f"{name}_detected_share", share, f"of {2 * num_tries}, half of them encrypted values")
 
 
 def stall(run: Run) -> None:
@@ -214,6 +224,36 @@ def storm(run: Run) -> None:
         run.report.add(f"mib_per_1000_cancelled_{name}", mib, f"{figures.num_calls} calls")
 
 
+def slow(run: Run) -> None:
+    from slow_clients import Ending, slow_clients
+
+    endings: list[Ending] = ["reset", "cancel", "black hole"]
+    figures = asyncio.run(
+        slow_clients(
+            _tiny_model(run), endings[: run.count(3, 2)], num_each=run.count(4, 1), seconds=5.0, export_mib=128
+        )
+    )
+    num_clients = sum(figures.num_clients.values())
+    exported = f"{num_clients} slow clients, exports of {figures.export_mib} MiB among them"
+    run.report.add("slow_clients_gateway_growth_mib", figures.growth_mib["gateway"], exported)
+    quiet = f"at most {figures.crowded_ms[1]:.0f}; without them {figures.quiet_ms[0]:.0f}, {figures.quiet_ms[1]:.0f}"
+    run.report.add("beside_slow_clients_p50_ms", figures.crowded_ms[0], quiet)
+    for ending, seconds in figures.given_back_seconds.items():
+        run.report.add(f"given_back_seconds_after_{ending.replace(' ', '_')}", seconds, "calls, copies, connections")
+
+
+def gateway(run: Run) -> None:
+    from gateway_kills import gateway_kills
+
+    figures = asyncio.run(gateway_kills(run.count(100, 3), SEED))
+    of_all = f"of {figures.num_bytes:,} in {figures.num_streams} streams, {figures.num_kills} kills"
+    run.report.add("gateway_kills_lost_bytes", figures.lost_bytes, of_all)
+    run.report.add("gateway_kills_surplus_bytes", figures.surplus_bytes, f"{figures.num_reconnects} calls opened again")
+    run.report.add("gateway_kills_wrong_streams", len(figures.wrong), _kinds(figures.kinds))
+    longest = f"from kill -9 to the next acknowledged record; at most {max(figures.pauses):.2f}"
+    run.report.add("gateway_kill_pause_p50_seconds", figures.pause_p50_seconds, longest)
+
+
 def fuzzed(run: Run) -> None:
     from fuzzing import TARGETS, fuzz
 
@@ -251,6 +291,8 @@ SECTIONS: dict[str, Callable[[Run], None]] = {
     "flips": flips,
     "stall": stall,
     "storm": storm,
+    "slow": slow,
+    "gateway": gateway,
     "fuzz": fuzzed,
     "recovery": recovered,
 }

@@ -5,9 +5,10 @@ from dataclasses import replace
 import pytest
 
 from eunoe.internal.v1 import state_store_pb2 as pb
-from eunoe.runtime.errors import KeyNotFound, Overloaded, QuotaExceeded, Unauthenticated
+from eunoe.runtime.errors import CorruptState, KeyNotFound, Overloaded, QuotaExceeded, Unauthenticated
 from eunoe.state_store import keys
 from eunoe.state_store.effects import Total
+from eunoe.state_store.storage import PutRecord
 from eunoe.state_store.store import StateStore
 
 
@@ -118,6 +119,23 @@ class TestApiKeys:
         ):
             with pytest.raises(Unauthenticated):
                 await caller.store.api_keys.authenticate(wrong)
+
+    async def test_a_key_whose_record_names_another_tenant_by_damage_is_refused_and_can_be_revoked(
+        self, caller
+    ) -> None:
+        key, secret = await caller.store.api_keys.create(caller.tenant, "")
+        storage, place = caller.store.environment.storage, keys.api_key(key.key_id)
+        stored = (await storage.read([place]))[0].data
+        damaged = stored.replace(caller.tenant.encode(), caller.tenant[:-1].encode() + b"-")
+
+        await storage.compare_and_swap("damage", [], [PutRecord(place, damaged)])
+
+        with pytest.raises(CorruptState):
+            await caller.store.api_keys.authenticate(secret)
+        await caller.store.api_keys.revoke(key.key_id)
+        with pytest.raises(Unauthenticated):
+            await caller.store.api_keys.authenticate(secret)
+        assert await caller.store.api_keys.of_tenant(caller.tenant) == []
 
     async def test_the_secret_is_stored_nowhere(self, caller) -> None:
         key, secret = await caller.store.api_keys.create(caller.tenant, "")

@@ -74,6 +74,10 @@ class FaultProxy:
             if link.has_lost_bytes:
                 link.reset()
 
+    def drip(self, bytes_per_second: int) -> None:
+        """Forward about so many bytes a second, in pieces of half a second's on average."""
+        self.drip_bytes, self.delay_seconds = bytes_per_second, 1.0
+
     def reset_all(self) -> None:
         """Reset every open connection, as RST on both sides; what is on its way is lost."""
         for link in self._links.values():

@@ -1,7 +1,7 @@
 """Testing the tests: one promise-breaking change of the product at a time, and whether the fault runs notice it.
 
 Each defect is planted by patching one function for as long as a context lasts. The finders are the runs themselves: the
-exhaustive search, the simulation with and without loss, the flipping of stored bits.
+exhaustive search, the simulation with and without loss, the lives of remembered answers, folds that are flushed.
 """
 
 import random
@@ -13,10 +13,13 @@ from typing import Any
 from unittest.mock import patch
 
 from exhaustive import SMALL, search
+from flushed_folds import flushed_folds
+from remembering_lives import remembering_lives
 from simulated_storage import SimulatedDatabase, SimulatedStorage
 from simulation import simulate
 from virtual_time import run_in_virtual_time
 
+from eunoe.model_worker.fold import StreamFold
 from eunoe.runtime.errors import EunoeError, LeaseLost, NotOwner, StateLost
 from eunoe.state_store import checkpoint_rules, keys, lease_rules, log_rules, memory_storage, stream_rules
 from eunoe.state_store.chains import LogMark
@@ -34,10 +37,15 @@ Finder = Callable[[], str]
 
 @dataclass(frozen=True, slots=True)
 class PlantedDefect:
-    """A defect by name; `plant` puts it into the product while its context lasts."""
+    """A defect by name; `plant` puts it into the product while its context lasts.
+
+    Attributes:
+        layer: Whose promise it breaks, as in FINDERS.
+    """
 
     name: str
     plant: Callable[[], AbstractContextManager[Any]]
+    layer: str = "store"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,10 +59,10 @@ class Caught:
 
 
 def hunt(defect: PlantedDefect, finders: dict[str, Finder] | None = None) -> Caught:
-    """Let the finders look, one after the other, until one sees a broken promise."""
+    """Let the finders (default: those of the defect's layer) look until one sees a broken promise."""
     start = time.monotonic()
     with defect.plant():
-        for name, find in (finders or FINDERS).items():
+        for name, find in (finders or FINDERS[defect.layer]).items():
             if violation := find():
                 return Caught(defect.name, name, violation, time.monotonic() - start)
     return Caught(defect.name, "", "", time.monotonic() - start)
@@ -106,12 +114,31 @@ def by_stale_fold() -> str:
     return run_in_virtual_time(live, seed=0)
 
 
-FINDERS: dict[str, Finder] = {
-    "exhaustive search": by_search,
-    "exhaustive search that reads ahead": by_search_that_reads_ahead,
-    "simulation": by_simulation,
-    "lossy simulation": by_lossy_simulation,
-    "stale fold": by_stale_fold,
+def by_remembering() -> str:
+    """Answers that are to be remembered, beside writers."""
+    return _first(lambda: remembering_lives(200, seed=1))
+
+
+def by_flushes() -> str:
+    """Folds that are flushed and moved, against undisturbed ones."""
+    try:
+        return flushed_folds(10, seed=1)
+    except (AssertionError, ValueError) as error:
+        return f"{type(error).__name__}: {error}"
+
+
+FINDERS: dict[str, dict[str, Finder]] = {
+    "store": {
+        "exhaustive search": by_search,
+        "exhaustive search that reads ahead": by_search_that_reads_ahead,
+        "simulation": by_simulation,
+        "lossy simulation": by_lossy_simulation,
+        "stale fold": by_stale_fold,
+    },
+    "worker": {
+        "remembering": by_remembering,
+        "flushes": by_flushes,
+    },
 }
 
 
@@ -320,6 +347,24 @@ def _nobody_looks_at_chains() -> Iterator[None]:
         yield
 
 
+def _remembered_at_the_end(metadata: StreamMetadata, event: Any) -> Any:
+    return _moved_to_end(metadata, event) if event.request_id else event
+
+
+@contextmanager
+def _flush_cuts_a_segment() -> Iterator[None]:
+    original = StreamFold._pass_milestones
+
+    def pass_milestones(self: Any) -> None:
+        if any(milestone.offset <= self._log.next_offset for milestone in self._milestones):
+            # What was asked for shall be in the memory: all of it, at once.
+            self._decoder.prefill(self._state, self._log.take(self._log.num_closed), self.policy)
+        original(self)
+
+    with patch.object(StreamFold, "_pass_milestones", pass_milestones):
+        yield
+
+
 DEFECTS: tuple[PlantedDefect, ...] = (
     PlantedDefect("a commit's lease is not checked", _no_fence_check),
     PlantedDefect("a commit's epoch may be the one before", _any_later_epoch),
@@ -339,4 +384,6 @@ DEFECTS: tuple[PlantedDefect, ...] = (
     PlantedDefect("writes are acknowledged before they are on disk", _acknowledges_before_the_sync),
     PlantedDefect("writes are acknowledged before the replica has them", _acknowledges_before_the_replica),
     PlantedDefect("nobody presents what he has seen", _nobody_looks_at_chains),
+    PlantedDefect("an answer is remembered without compare-and-set", _appends(_remembered_at_the_end), "worker"),
+    PlantedDefect("a segment is cut at a flush", _flush_cuts_a_segment, "worker"),
 )

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from corruption import flip_sweep
+from corruption import DAMAGES, damage_sweep
 
 from eunoe.decoder.decoder import Decoder
 
@@ -15,12 +15,12 @@ def decoder(tiny_model: Path) -> Decoder:
 
 
 @pytest.mark.parametrize("is_encrypted", [False, True])
-@pytest.mark.parametrize("num_flips", [250, pytest.param(5_000, marks=pytest.mark.faults)])
-async def test_every_flipped_bit_is_noticed(
-    decoder: Decoder, redis_server: Any, num_flips: int, is_encrypted: bool
+@pytest.mark.parametrize("num_tries", [400, pytest.param(8_000, marks=[pytest.mark.faults, pytest.mark.timeout(600)])])
+async def test_every_damaged_value_is_noticed(
+    decoder: Decoder, redis_server: Any, num_tries: int, is_encrypted: bool
 ) -> None:
-    figures = await flip_sweep(decoder, redis_server.url, num_flips=num_flips, seed=1, is_encrypted=is_encrypted)
+    figures = await damage_sweep(decoder, redis_server.url, num_tries=num_tries, seed=1, is_encrypted=is_encrypted)
 
     assert figures.silent == ()
-    assert figures.num_detected == num_flips
-    assert set(figures.flips_by_kind) == {"metadata", "log", "log index", "chunk", "outcome"}
+    assert set(figures.num_by_damage) == set(DAMAGES)
+    assert set(figures.num_by_value) == {"metadata", "log", "log index", "chunk", "outcome", "API key"}

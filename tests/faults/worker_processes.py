@@ -122,6 +122,8 @@ class Gateway(Process):
 
     def __init__(self, store_address: str, directory: Path, settings: dict[str, Any]) -> None:
         self._ready_file = directory / "gateway.json"
+        # Of one that was killed before.
+        self._ready_file.unlink(missing_ok=True)
         self.address = ""
         defaults = {
             "state_store_address": store_address,
@@ -147,6 +149,7 @@ class Site:
     Args:
         model_path: The model's directory.
         lease_seconds: See LEASE_SECONDS.
+        store_settings: Variables of the state store, EUNOE_STATE_STORE_<name>.
 
     Attributes:
         store: A client of the state store.
@@ -154,10 +157,11 @@ class Site:
         model_name: The model's.
     """
 
-    def __init__(self, model_path: Path, lease_seconds: float = LEASE_SECONDS) -> None:
+    def __init__(self, model_path: Path, lease_seconds: float = LEASE_SECONDS, **store_settings: str) -> None:
         self.model_path = model_path
         self.model_name = model_path.name
         self.lease_seconds = lease_seconds
+        self._store_settings = store_settings
         self.workers: list[Worker] = []
         self.gateways: list[Gateway] = []
         # Not pytest's: a socket's path ends at 107 bytes.
@@ -246,6 +250,7 @@ class Site:
             "REDIS_URL": f"unix://{self._directory}/redis.sock",
             "READY_FILE": str(ready_file),
             "WORKER_SECONDS": str(self.lease_seconds),
+            **self._store_settings,
         }
         prefixed = {f"EUNOE_STATE_STORE_{name}": value for name, value in environment.items()}
         return Process("eunoe.state_store", prefixed, self._directory / "state_store.log")

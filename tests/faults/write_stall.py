@@ -55,11 +55,14 @@ class StateWriter:
     Args:
         store: A client of it.
         tenant: One that nobody else uses.
+
+    Attributes:
+        name: The stream's.
     """
 
     def __init__(self, store: StateStoreClient, tenant: str) -> None:
         self._store = store
-        self._name = f"tenants/{tenant}/streams/{secrets.token_hex(8)}"
+        self.name = f"tenants/{tenant}/streams/{secrets.token_hex(8)}"
         self._lease = pb.Lease()
         self._version = 0
 
@@ -68,9 +71,9 @@ class StateWriter:
         settings = api.StreamSettings(
             kv_budget_tokens=1024, segment_length=512, num_sink_tokens=4, positions=api.POSITION_MODE_COMPACT
         )
-        await self._store.create_stream(pb.CreateStreamRequest(name=self._name, model="m", settings=settings))
+        await self._store.create_stream(pb.CreateStreamRequest(name=self.name, model="m", settings=settings))
         by = pb.Lease(worker="w", address="127.0.0.1:1")
-        acquired = await self._store.acquire_stream(pb.AcquireStreamRequest(name=self._name, by=by))
+        acquired = await self._store.acquire_stream(pb.AcquireStreamRequest(name=self.name, by=by))
         self._lease = acquired.record.lease
 
     async def commit(self, chunks: Sequence[bytes]) -> float:
@@ -80,15 +83,15 @@ class StateWriter:
         self._version += 1
         manifest = pb.Manifest(encoding_version=1, version=self._version, tokens=self._version, chunks=refs)
         start = time.perf_counter()
-        await self._store.stage_chunks(self._name, named)
+        await self._store.stage_chunks(self.name, named)
         await self._store.commit_checkpoint(
-            pb.CommitCheckpointRequest(name=self._name, lease=self._lease, manifest=manifest)
+            pb.CommitCheckpointRequest(name=self.name, lease=self._lease, manifest=manifest)
         )
         return time.perf_counter() - start
 
     async def close(self) -> None:
         """Delete it all."""
-        await self._store.delete_stream(pb.DeleteStreamRequest(name=self._name))
+        await self._store.delete_stream(pb.DeleteStreamRequest(name=self.name))
 
 
 async def ping_stall(

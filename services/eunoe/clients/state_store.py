@@ -107,7 +107,7 @@ class StateStoreClient:
         pauses = _Pauses(self._deadline_seconds)
         while True:
             try:
-                async for piece in self._stub.ReadLog(pending, timeout=self._stream_seconds()):
+                async for piece in _responses(self._stub.ReadLog(pending, timeout=self._stream_seconds())):
                     yield piece
                     num_bytes = len(piece.data)
                     pending.offset = piece.offset + num_bytes
@@ -139,7 +139,7 @@ class StateStoreClient:
         pauses = _Pauses(self._deadline_seconds)
         while pending.chunks:
             try:
-                async for chunk in self._stub.ReadChunks(pending, timeout=self._stream_seconds()):
+                async for chunk in _responses(self._stub.ReadChunks(pending, timeout=self._stream_seconds())):
                     yield chunk
                     del pending.chunks[0]
                     pauses = _Pauses(self._deadline_seconds)
@@ -178,6 +178,15 @@ class StateStoreClient:
                 return await start(pauses.seconds_left())
             except grpc.RpcError as error:
                 await pauses.wait(from_rpc_error(error))
+
+
+async def _responses(call: Any) -> AsyncIterator[Any]:
+    """A call's responses; closing the iterator cancels the call, which else would wait for a reader to its deadline."""
+    try:
+        async for response in call:
+            yield response
+    finally:
+        call.cancel()
 
 
 class _Pauses:

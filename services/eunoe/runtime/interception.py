@@ -3,14 +3,14 @@
 import logging
 from abc import abstractmethod
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, suppress
 from typing import Any
 
 import grpc
 from google.protobuf.message import DecodeError
 from grpc_status import rpc_status
 
-from eunoe.runtime.errors import EunoeError, InvalidRequest
+from eunoe.runtime.errors import EunoeError, InvalidRequest, Unavailable
 
 logger = logging.getLogger(__name__)
 
@@ -98,6 +98,9 @@ class ErrorInterceptor(AroundInterceptor):
             await _abort(context, InvalidRequest(str(error)))
         except grpc.aio.AbortError:
             raise
+        except grpc.aio.InternalError:
+            # A write met the end of the caller's connection, before the context knows that the call is over.
+            await _abort(context, Unavailable("the connection broke during the response"))
         except NotImplementedError:
             await context.abort(grpc.StatusCode.UNIMPLEMENTED, f"{method} is not implemented")
         except Exception as error:
@@ -137,4 +140,6 @@ def _refusing_malformed(handler: Any) -> Any:
 
 
 async def _abort(context: Any, error: EunoeError) -> None:
-    await context.abort_with_status(rpc_status.to_status(error.to_status()))
+    # Fails where the caller is gone, of which the context may not know yet: then nobody waits for the status.
+    with suppress(grpc.aio.InternalError):
+        await context.abort_with_status(rpc_status.to_status(error.to_status()))

@@ -8,11 +8,15 @@ from dataclasses import asdict, dataclass
 
 from eunoe.runtime.errors import InvalidRequest, KeyNotFound, Unauthenticated
 from eunoe.state_store import keys
+from eunoe.state_store.sealing import DigestSeal
 from eunoe.state_store.storage import BuryRecord, ExpectVersion, IndexAdd, IndexRemove, PutRecord
 from eunoe.state_store.transactions import MARK_MS, Environment
 from eunoe.state_store.workers import all_members
 
 MAX_LABEL_LENGTH = 64
+
+# A flipped bit in a record must not make a key another tenant's.
+_SEAL = DigestSeal()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,7 +56,7 @@ class ApiKeys:
             create_time_ns=self._environment.clock_ns(),
             secret_hash=self._hash(secret),
         )
-        data = json.dumps(asdict(key)).encode()
+        data = _SEAL.close(_identity(key_id), json.dumps(asdict(key)).encode())
         await self._environment.storage.compare_and_swap(
             self._environment.new_id(),
             [ExpectVersion(keys.api_key(key_id), "")],
@@ -64,7 +68,7 @@ class ApiKeys:
         """The tenant whose secret this is.
 
         Raises:
-            Unauthenticated.
+            Unauthenticated; CorruptState if what is stored of the key is not what was written.
         """
         prefix, _, rest = secret.partition("_")
         key_id, _, _ = rest.partition("_")
@@ -81,18 +85,24 @@ class ApiKeys:
         Raises:
             KeyNotFound.
         """
-        key = await self._key(key_id)
-        if key is None:
+        # By the index, not by the record: a key whose record is damaged can be revoked, too.
+        members = await all_members(self._environment.storage, keys.API_KEYS)
+        found = [member for member in members if member.rpartition(":")[2] == key_id]
+        if not found:
             raise KeyNotFound(f"there is no API key {key_id!r}")
         # Whoever else revokes it at the same moment does the same: no version needs to be expected.
         await self._environment.storage.compare_and_swap(
             self._environment.new_id(),
             [],
-            [BuryRecord(keys.api_key(key_id), MARK_MS), IndexRemove(keys.API_KEYS, _member(key))],
+            [BuryRecord(keys.api_key(key_id), MARK_MS), *(IndexRemove(keys.API_KEYS, member) for member in found)],
         )
 
     async def of_tenant(self, tenant: str) -> list[ApiKey]:
-        """A tenant's keys ("" for all), sorted by tenant and id."""
+        """A tenant's keys ("" for all), sorted by tenant and id.
+
+        Raises:
+            CorruptState: If one of them is not what was written; it says which.
+        """
         members = await all_members(self._environment.storage, keys.API_KEYS)
         wanted = [member.partition(":") for member in members]
         found = [await self._key(key_id) for owner, _, key_id in wanted if not tenant or owner == tenant]
@@ -100,12 +110,16 @@ class ApiKeys:
 
     async def _key(self, key_id: str) -> ApiKey | None:
         data = (await self._environment.storage.read([keys.api_key(key_id)]))[0].data
-        return ApiKey(**json.loads(data)) if data else None
+        return ApiKey(**json.loads(_SEAL.open(_identity(key_id), data))) if data else None
 
     def _hash(self, secret: str) -> str:
         if self._pepper:
             return hmac.new(self._pepper, secret.encode(), hashlib.sha256).hexdigest()
         return hashlib.sha256(secret.encode()).hexdigest()
+
+
+def _identity(key_id: str) -> str:
+    return f"API key {key_id}"
 
 
 def _member(key: ApiKey) -> str:

@@ -12,9 +12,10 @@ from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
 
+from eunoe.clients.state_store import StateStoreClient
 from eunoe.internal.v1 import state_store_pb2 as pb
 from eunoe.internal.v1 import state_store_pb2_grpc
-from eunoe.runtime.errors import InvalidRequest, OffsetGap, Overloaded, StreamNotFound, from_rpc_error
+from eunoe.runtime.errors import InvalidRequest, OffsetGap, Overloaded, StreamNotFound, Unavailable, from_rpc_error
 from eunoe.runtime.grpc_channel import open_channel
 from eunoe.runtime.grpc_server import GrpcServer, run_process
 
@@ -67,6 +68,32 @@ async def test_an_error_reaches_the_client_as_it_was_raised(serve: Any) -> None:
     assert isinstance(error, OffsetGap)
     assert (error.message, error.expected_offset) == ("there is a gap", 7)
     assert caught.value.code() == grpc.StatusCode.OUT_OF_RANGE
+
+
+async def test_who_stops_reading_chunks_ends_the_call_at_the_server(serve: Any) -> None:
+    servicer = Servicer()
+    async with serve(servicer) as (server, _), open_channel(server.address) as channel:
+        request = pb.ReadChunksRequest(name="a", chunks=[pb.ChunkRef(chunk_id="endless")] * 2)
+        chunks = StateStoreClient(channel).read_chunks(request)
+        await anext(chunks)
+        await chunks.aclose()
+
+        async with asyncio.timeout(5):
+            await servicer.unwound.wait()
+
+
+async def test_a_write_that_met_a_broken_connection_is_unavailable(serve: Any) -> None:
+    class Broken(Servicer):
+        async def ReadLog(self, request: pb.ReadLogRequest, context: Any) -> AsyncIterator[pb.ReadLogResponse]:
+            yield pb.ReadLogResponse(offset=1)
+            raise grpc.aio.InternalError("the batch failed")
+
+    async with serve(Broken()) as (_, stub):
+        with pytest.raises(grpc.RpcError) as caught:
+            async for _ in stub.ReadLog(pb.ReadLogRequest()):
+                pass
+
+    assert isinstance(from_rpc_error(caught.value), Unavailable)
 
 
 async def test_an_error_behind_the_first_response_of_a_stream_reaches_the_client(serve: Any) -> None:
