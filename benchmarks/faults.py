@@ -92,7 +92,7 @@ def full(run: Run) -> None:
     from disk_full import NoMountError, disk_full
 
     try:
-        figures = asyncio.run(disk_full(run.count(100, 3), SEED, run.directory))
+        figures = asyncio.run(disk_full(run.count(60, 3), SEED, run.directory))
     except NoMountError as error:
         run.report.say(f"    not here: {error}")
         return
@@ -106,7 +106,7 @@ def full(run: Run) -> None:
 def cuts(run: Run) -> None:
     from file_cuts import file_cuts
 
-    num_random, num_last = run.count(1_500, 15), run.count(6_000, 0)
+    num_random, num_last = run.count(500, 15), run.count(6_000, 0)
     figures = asyncio.run(file_cuts(num_random, num_last, SEED, run.directory))
     _say_violations(run, list(figures.problems))
     run.report.add("file_cuts_wrong", len(figures.problems), f"of {figures.num_cuts}, {figures.num_inside} inside")
@@ -119,7 +119,7 @@ def clocks(run: Run) -> None:
     if (library := find_libfaketime()) is None:
         run.report.say("    not here: libfaketime is not installed")
         return
-    figures = asyncio.run(clock_jumps(run.count(150, 5), SEED, run.directory, library))
+    figures = asyncio.run(clock_jumps(run.count(60, 5), SEED, run.directory, library))
     jumped = f"{figures.num_commits} commits, {figures.num_takeovers} takeovers, jumps {figures.jumps}"
     run.report.add("stale_commits_accepted_clocks", figures.stale_commits_accepted, jumped)
     lost = figures.acknowledged_bytes_lost + figures.commits_lost

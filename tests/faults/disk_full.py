@@ -41,7 +41,7 @@ class DiskFullFigures:
     Attributes:
         num_fillings: How often the disk was filled and cleared.
         exits: How Redis ended on the full disk, by exit status.
-        errors: Status codes, other than OK, of appends, commits and acquisitions; repeated, all succeeded in the end.
+        errors: Status codes, other than OK, that calls ended with; repeated, all succeeded in the end.
         num_checkpoints: Committed, and those found torn among them.
     """
 
@@ -73,7 +73,9 @@ async def disk_full(num_fillings: int, seed: int, directory: Path) -> DiskFullFi
     with _small_disk(directory / "disk") as disk:
         async with (
             StoreSite(seed=seed, redis_directory=disk.directory) as site,
-            grpc.aio.insecure_channel(site.proxy.address, interceptors=[answers]) as channel,
+            grpc.aio.insecure_channel(
+                site.proxy.address, interceptors=[_UnaryCalls(answers), _StagingCalls(answers)]
+            ) as channel,
         ):
             client = StateStoreClient(channel, deadline_seconds=20.0)
             writers = [Writer(client, f"tenants/t/streams/s{number}", chance) for number in range(_NUM_WRITERS)]
@@ -115,14 +117,14 @@ async def disk_full(num_fillings: int, seed: int, directory: Path) -> DiskFullFi
     )
 
 
-class _Answers(grpc.aio.UnaryUnaryClientInterceptor):
+class _Answers:
     """Counts how calls end, those too that the client then repeats by itself."""
 
     def __init__(self) -> None:
         self.errors: Counter[str] = Counter()
 
-    async def intercept_unary_unary(self, continuation: Any, details: Any, request: Any) -> Any:
-        call = await continuation(details, request)
+    async def noted(self, call: Any) -> Any:
+        """The call, once it has ended."""
         if (code := await call.code()) != grpc.StatusCode.OK:
             self.errors[code.name] += 1
         return call
@@ -135,6 +137,22 @@ class _Answers(grpc.aio.UnaryUnaryClientInterceptor):
             return self.errors.total() > num_before
 
         await until(condition, "no client hears of the full disk")
+
+
+class _UnaryCalls(grpc.aio.UnaryUnaryClientInterceptor):
+    def __init__(self, answers: _Answers) -> None:
+        self._answers = answers
+
+    async def intercept_unary_unary(self, continuation: Any, details: Any, request: Any) -> Any:
+        return await self._answers.noted(await continuation(details, request))
+
+
+class _StagingCalls(grpc.aio.StreamUnaryClientInterceptor):
+    def __init__(self, answers: _Answers) -> None:
+        self._answers = answers
+
+    async def intercept_stream_unary(self, continuation: Any, details: Any, requests: Any) -> Any:
+        return await self._answers.noted(await continuation(details, requests))
 
 
 async def _rewrite(site: StoreSite) -> None:

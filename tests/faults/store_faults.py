@@ -22,7 +22,7 @@ from store_processes import StoreSite, storage_at
 from eunoe.api.v1 import long_context_pb2 as api
 from eunoe.clients.state_store import StateStoreClient
 from eunoe.internal.v1 import state_store_pb2 as pb
-from eunoe.runtime.errors import Conflict, DeadlineTooShort, EunoeError, MissingChunk, Unavailable
+from eunoe.runtime.errors import Conflict, DeadlineTooShort, EunoeError, Unavailable
 from eunoe.runtime.grpc_channel import open_channel
 
 T = TypeVar("T")
@@ -218,13 +218,17 @@ async def insist(call: Callable[[], Awaitable[T]]) -> T:
             await asyncio.sleep(0.02)
 
 
-async def work(writer: Writer, stop: asyncio.Event, figures: RealFaultFigures) -> None:
-    """Append, and commit now and then, until it is to stop."""
+async def work(
+    writer: Writer,
+    stop: asyncio.Event,
+    figures: RealFaultFigures,
+    refusals: tuple[type[EunoeError], ...] = (Conflict,),
+) -> None:
+    """Append, and commit now and then, until it is to stop; a commit may meet these refusals."""
     while not stop.is_set():
         figures.records_applied_twice += await writer.append()
         if writer.num_acknowledged % 3 == 0:
-            # Chunks are missing if a clock jumped over the end of their time.
-            with contextlib.suppress(Conflict, MissingChunk):
+            with contextlib.suppress(*refusals):
                 await writer.commit()
 
 
