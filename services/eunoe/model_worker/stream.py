@@ -141,7 +141,9 @@ class OwnedStream:
                 return self._fold
             parts = self._parts
             with self.in_use():
-                size = await parts.engine.call(lambda: parts.decoder.new_state(self.settings).resident_bytes)
+                size = await parts.engine.call(
+                    lambda: parts.decoder.new_state(self.settings, parts.policy).resident_bytes
+                )
                 await parts.admission.reserve(size)
                 self._reserved_bytes = size
                 try:
@@ -294,7 +296,7 @@ class OwnedStream:
         parts = self._parts
         if self._record.HasField("manifest"):
             return await parts.checkpoints.load(self.name, self._record.manifest, self.settings)
-        return await parts.engine.call(lambda: parts.decoder.new_state(self.settings))
+        return await parts.engine.call(lambda: parts.decoder.new_state(self.settings, parts.policy))
 
     def _new_fold(self, state: MemoryState) -> StreamFold:
         parts = self._parts

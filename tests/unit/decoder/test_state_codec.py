@@ -1,3 +1,5 @@
+import hashlib
+
 import numpy as np
 import pytest
 import torch
@@ -5,9 +7,9 @@ import torch
 from eunoe.decoder.config import Dtypes
 from eunoe.decoder.decoder import Decoder
 from eunoe.decoder.memory_state import MemorySettings, MemoryState
-from eunoe.decoder.state_codec import CHUNK_BYTES, decode, encode, state_digest
+from eunoe.decoder.state_codec import CHUNK_BYTES, decode, encode, state_digest, version
 from eunoe.decoder.tiny import tiny_config
-from eunoe.eviction import DEFAULT_POLICY
+from eunoe.eviction import DEFAULT_POLICY, HeavyHitter
 from eunoe.runtime.errors import CorruptState
 
 SETTINGS = MemorySettings(kv_budget_tokens=48, segment_length=16)
@@ -103,3 +105,52 @@ def test_the_digest_covers_the_place_in_the_log(decoder: Decoder) -> None:
     state = a_state(decoder)
 
     assert len({state_digest(state, *place) for place in ((0, 0), (1, 0), (0, 1))}) == 3
+
+
+def test_a_state_without_statistics_is_encoded_as_ever(decoder: Decoder) -> None:
+    state = MemoryState(decoder.config, MemorySettings(kv_budget_tokens=8, segment_length=4), torch.bfloat16)
+    numbers = torch.arange(7 * 16.0).view(7, 16).expand(2, 7, 16)
+    for layer in range(2):
+        state.write(layer, numbers + layer, -numbers)
+    state.append(torch.arange(7, dtype=torch.int32))
+
+    encoded = hashlib.sha256(b"".join(encode(state))).hexdigest()
+
+    assert version(state) == 1
+    assert encoded == "cd8c95d452ebdff7740bf4767a1db94819ef2083030295edf6a481d2698d127d"
+    assert state_digest(state, 5, 1) == "49b78edde8f632e6867d80bcee11da41"
+
+
+def test_statistics_are_part_of_the_state(decoder: Decoder) -> None:
+    policy = HeavyHitter()
+    state = decoder.new_state(SETTINGS, policy)
+    decoder.prefill(state, np.random.default_rng(0).integers(0, 512, 100), policy)
+
+    chunks = encode(state)
+    restored = read(decoder, chunks)
+
+    assert version(state) == 2
+    assert restored.statistics_name == policy.statistics.name
+    assert restored.statistics_LHSB is not None
+    assert state.statistics_LHSB is not None
+    assert torch.equal(restored.statistics_LHSB, state.statistics_LHSB)
+    assert encode(restored) == chunks
+    assert len(b"".join(chunks)) > state.num_slots * 4 * (2 * 16 * 2 + 8 + 4)
+    state.statistics_LHSB[0, 1, 2] += 1
+    assert state_digest(state, 0, 0) != state_digest(restored, 0, 0)
+
+
+def test_every_flipped_byte_of_a_state_with_statistics_is_found(decoder: Decoder) -> None:
+    policy = HeavyHitter()
+    state = decoder.new_state(SETTINGS, policy)
+    decoder.prefill(state, range(5), policy)
+    (chunk,) = encode(state)
+
+    for index in [*range(180), *range(180, len(chunk), 97), len(chunk) - 1]:
+        damaged = bytearray(chunk)
+        damaged[index] ^= 0x10
+        with pytest.raises(CorruptState):
+            read(decoder, [bytes(damaged)])
+    for length in range(0, 180, 7):
+        with pytest.raises(CorruptState):
+            read(decoder, [chunk[:length]])
