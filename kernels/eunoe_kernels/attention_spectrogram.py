@@ -7,7 +7,8 @@ into frames of 32 queries every 16, and the frames' magnitudes are summed with w
     E[f] = sum_j (1 - a) a^(J - 1 - j) |sum_t hann[t] x[16 j + t] exp(-2 pi i f t / 32)|,   a = 0.99^16, f = 0..16
 
 The attention matrix is never stored: a tile of rows at a time is computed and transformed, and a 32-point transform of
-real numbers is a product with a 32 x 32 matrix, the window folded in.
+real numbers is a product with a 32 x 32 matrix, the window folded in. On a GPU the rows' log-sum-exps come first, then
+each block of slots has all queries pass by, 16 at a time.
 
 Shape suffixes: H KV head, G query head of a KV head's group, R observed query (the last R of T tokens), T token of the
 segment, S slot of the past, N slot of past and segment (S + T), D head dim, F frequency bin, W query of the tail.
@@ -17,8 +18,20 @@ import math
 from functools import cache
 
 import torch
+import triton
+import triton.language as tl
 
-from eunoe_kernels._attention_rows import TILE_ROWS, attention_reference, attention_tiles, check_observation
+from eunoe_kernels._attention_rows import (
+    INTERPRETED,
+    TILE_ROWS,
+    attention_reference,
+    attention_tiles,
+    check_observation,
+    contiguous_rows,
+    group_weights,
+    load_keys,
+    log_sum_exp_triton,
+)
 
 WINDOW = 32
 HOP = 16
@@ -44,16 +57,18 @@ def attention_spectrogram(
         E, float32 [H, N, F], and the attention received from the last 16 queries, float32 [H, N, W].
 
     Raises:
-        ValueError: If shapes do not agree, or R is no multiple of 16, or 0.
+        ValueError: If shapes do not agree, or R is no multiple of 16 or makes no frame.
     """
     check_observation(query_HGRD, key_HTD, past_key_HSD)
     num_heads, _, num_rows, _ = query_HGRD.shape
-    if num_rows % HOP or not num_rows:
-        raise ValueError(f"{num_rows} queries are no positive multiple of {HOP}")
+    num_needed = WINDOW if tail_HSW is None else HOP
+    if num_rows % HOP or num_rows < num_needed:
+        raise ValueError(f"{num_rows} queries are no multiple of {HOP} that makes a frame: at least {num_needed}")
     expected = (num_heads, past_key_HSD.shape[1], HOP)
     if tail_HSW is not None and tail_HSW.shape != expected:
         raise ValueError(f"tail {tuple(tail_HSW.shape)} must be {expected}")
-    return _attention_spectrogram_cpu(query_HGRD, key_HTD, past_key_HSD, tail_HSW)
+    observe = _attention_spectrogram_triton if query_HGRD.is_cuda else _attention_spectrogram_cpu
+    return observe(query_HGRD, key_HTD, past_key_HSD, tail_HSW)
 
 
 def attention_spectrogram_reference(
@@ -117,3 +132,89 @@ def _transform() -> torch.Tensor:
         window = 0.5 - 0.5 * torch.cos(2 * math.pi * time / WINDOW)
         angle = 2 * math.pi * torch.arange(NUM_BINS, dtype=torch.float64)[:, None] * time / WINDOW
         return torch.cat([angle.cos() * window, (angle.sin() * window)[1:-1]]).float()
+
+
+def _attention_spectrogram_triton(
+    query_HGRD: torch.Tensor,
+    key_HTD: torch.Tensor,
+    past_key_HSD: torch.Tensor,
+    tail_HSW: torch.Tensor | None,
+    *,
+    block_keys: int = 32,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    num_heads, group_size, num_rows, head_dim = query_HGRD.shape
+    num_slots, num_tokens = past_key_HSD.shape[1], key_HTD.shape[1]
+    device, num_columns = query_HGRD.device, num_slots + num_tokens
+    query_HGRD = query_HGRD.contiguous()
+    key_HTD, past_key_HSD = contiguous_rows(key_HTD), contiguous_rows(past_key_HSD)
+    log_sum = log_sum_exp_triton(query_HGRD, key_HTD, past_key_HSD)
+    spectrogram = torch.empty(num_heads, num_columns, NUM_BINS, dtype=torch.float32, device=device)
+    tail = torch.empty(num_heads, num_columns, HOP, dtype=torch.float32, device=device)
+    has_tail = tail_HSW is not None
+    given_tail = tail_HSW.float().contiguous() if tail_HSW is not None else tail
+    for keys, first_column, is_past in ((past_key_HSD, 0, True), (key_HTD, num_slots, False)):
+        if keys.shape[1]:
+            attention_spectrogram_kernel[(triton.cdiv(keys.shape[1], block_keys), num_heads)](
+                query_HGRD, log_sum, keys, given_tail, _padded_transform(device), spectrogram, tail,
+                keys.stride(0), keys.shape[1], first_column, num_columns, num_rows, num_tokens - num_rows,
+                head_dim**-0.5 * math.log2(math.e), FRAME_DECAY,
+                group_size=group_size, head_dim=head_dim, padded_dim=max(16, triton.next_power_of_2(head_dim)),
+                hop=HOP, num_bins=NUM_BINS, padded_bins=WINDOW, block_keys=block_keys, is_causal=not is_past,
+                has_tail=has_tail, loads_tail=has_tail and is_past, widens=INTERPRETED,
+            )  # fmt: skip
+    return spectrogram, tail
+
+
+@cache
+def _padded_transform(device: torch.device) -> torch.Tensor:
+    """Real parts, then imaginary ones, each over the older and the newer 16 queries: float32 [2, 2, 32, 16]."""
+    with torch.inference_mode(False):
+        padded = torch.zeros(2, WINDOW, WINDOW)
+        padded[0, :NUM_BINS] = _transform()[:NUM_BINS]
+        padded[1, 1 : NUM_BINS - 1] = _transform()[NUM_BINS:]
+        return padded.view(2, WINDOW, 2, HOP).transpose(1, 2).contiguous().to(device)
+
+
+@triton.jit
+def attention_spectrogram_kernel(
+    query_pointer, log_sum_pointer, key_pointer, given_tail_pointer, transform_pointer, out_pointer, tail_pointer,
+    key_head_stride, num_keys, first_column, num_columns, num_rows, first_token, scale_log2, decay,
+    group_size: tl.constexpr, head_dim: tl.constexpr, padded_dim: tl.constexpr,
+    hop: tl.constexpr, num_bins: tl.constexpr, padded_bins: tl.constexpr, block_keys: tl.constexpr,
+    is_causal: tl.constexpr, has_tail: tl.constexpr, loads_tail: tl.constexpr, widens: tl.constexpr,
+):  # fmt: skip
+    """One program a KV head and block of slots: queries pass by, 16 at a time, a frame at each step."""
+    head = tl.program_id(1).to(tl.int64)
+    slot = tl.program_id(0) * block_keys + tl.arange(0, block_keys)
+    dim = tl.arange(0, padded_dim)
+    query = tl.arange(0, hop)
+    frequency = tl.arange(0, padded_bins)
+    is_slot = slot < num_keys
+    dtype: tl.constexpr = query_pointer.dtype.element_ty
+    key = load_keys(key_pointer + head * key_head_stride, slot, num_keys, dim, head_dim, dtype, widens)
+    part = transform_pointer + frequency[:, None] * hop + query[None, :]
+    real_old, real_new = tl.load(part), tl.load(part + padded_bins * hop)
+    imaginary_old, imaginary_new = tl.load(part + 2 * padded_bins * hop), tl.load(part + 3 * padded_bins * hop)
+    old = tl.zeros([hop, block_keys], tl.float32)
+    if loads_tail:
+        given = (head * num_keys + slot[None, :]) * hop + query[:, None]
+        old = tl.load(given_tail_pointer + given, mask=is_slot[None, :], other=0.0)
+    total = tl.zeros([padded_bins, block_keys], tl.float32)
+    for first_row in range(0, num_rows, hop):
+        new = group_weights(
+            query_pointer, log_sum_pointer, key, head, first_row, num_rows, first_token, slot, num_keys, scale_log2,
+            dim, group_size, head_dim, hop, block_keys, is_causal, widens,
+        )  # fmt: skip
+        real = tl.dot(real_old, old, input_precision="ieee") + tl.dot(real_new, new, input_precision="ieee")
+        imaginary = tl.dot(imaginary_old, old, input_precision="ieee")
+        imaginary += tl.dot(imaginary_new, new, input_precision="ieee")
+        magnitude = tl.sqrt(real * real + imaginary * imaginary)
+        if not has_tail:
+            # The first 16 queries only begin the first frame.
+            magnitude = tl.where(first_row > 0, magnitude, 0.0)
+        total = total * decay + magnitude * (1 - decay)
+        old = new
+    column = head * num_columns + first_column + slot
+    is_out = is_slot[None, :] & (frequency < num_bins)[:, None]
+    tl.store(out_pointer + column[None, :] * num_bins + frequency[:, None], total, mask=is_out)
+    tl.store(tail_pointer + column[None, :] * hop + query[:, None], old, mask=is_slot[None, :])

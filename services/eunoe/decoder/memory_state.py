@@ -13,6 +13,7 @@ import torch
 from eunoe.decoder.config import DecoderConfig
 from eunoe.decoder.rotary import Rotary, rotate
 from eunoe.eviction.policy import Statistics
+from eunoe_kernels.kv_compaction import compact
 
 Positions = Literal["original", "compact"]
 
@@ -215,13 +216,8 @@ class MemoryState:
 
     def evict(self, kept_LHS: torch.Tensor) -> None:
         """Leave only the slots of these indices, int64 [L, H, num_kept], ascending."""
-        num_layers, num_heads, num_kept = kept_LHS.shape
-        first_row = torch.arange(num_layers * num_heads).view(num_layers, num_heads, 1) * self.settings.capacity
-        rows = (kept_LHS + first_row).flatten()
-        for slab in self._slabs:
-            kept = slab.flatten(0, 2).index_select(0, rows)
-            slab[:, :, :num_kept] = kept.view(num_layers, num_heads, num_kept, *slab.shape[3:])
-        self.num_slots = num_kept
+        compact(self._slabs, kept_LHS)
+        self.num_slots = kept_LHS.shape[2]
         self.num_rotated = 0
 
     def copy(self) -> "MemoryState":
