@@ -20,7 +20,7 @@ class KeyNorm:
     name: str = "key-norm/1"
     statistics: None = None
     num_recent_tokens: int = 64
-    """Newest slots that are never evicted, as far as the budget goes."""
+    """Newest slots that are never evicted, but at most half of the budget."""
 
     def scores(self, window: Window) -> torch.Tensor:
         """See `ScoringPolicy`."""

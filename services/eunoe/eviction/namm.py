@@ -54,7 +54,7 @@ class Namm:
     normalization: Normalization
     statistics: AttentionSpectrogram = field(default_factory=AttentionSpectrogram)
     num_recent_tokens: int = 64
-    """Newest slots that are never evicted, as far as the budget goes."""
+    """Newest slots that are never evicted, but at most half of the budget."""
     threshold: float | None = None
     """Slots below it leave even within the budget, down to the number that the greediest head has at or above it."""
     num_spare_slots: int = 0

@@ -37,9 +37,12 @@ def keep_best(scores_LHS: torch.Tensor, num_kept: int) -> torch.Tensor:
 
 
 def protect(scores_LHS: torch.Tensor, window: Window, budget: int, num_recent_tokens: int) -> torch.Tensor:
-    """The scores with those of sink tokens and the newest slots raised to infinity, as far as the budget goes."""
+    """The scores with those of sink tokens and the newest slots raised to infinity.
+
+    Half of the budget at most is for the newest slots, so that scores count; the very newest always stays.
+    """
     num_sinks = min(window.num_sink_tokens, window.num_slots)
-    num_recent = min(num_recent_tokens, budget - num_sinks)
+    num_recent = min(max(1, min(num_recent_tokens, budget // 2)), budget - num_sinks)
     scores_LHS = scores_LHS.clone()
     # Sinks are never evicted, so they stand in the first slots for ever.
     scores_LHS[..., :num_sinks] = torch.inf
