@@ -35,6 +35,7 @@ NUM_PARAMETERS = _ENDS[-1]
 
 Attention = Literal["dense", "blocks"]
 _BLOCK_SLOTS = 128
+_SEQUENCES_AT_ONCE = 6
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -66,17 +67,24 @@ class BackwardAttention:
         order_ZS = (newest - torch.arange(num_rows, device=feature_ZSI.device)) % num_rows
         order_ZS = order_ZS.expand(len(feature_ZSI), num_rows)
         x_ZSI = feature_ZSI.gather(1, order_ZS[..., None].expand_as(feature_ZSI))
-        qkv = x_ZSI @ self._matrix("input_weight") + self._matrix("input_bias")
-        query, key, value = qkv.split(HIDDEN, dim=-1)
+        # Few sequences at a time: what a layer of the network makes of them stays in the cache.
+        parts = [self._score(part_ZSI) for part_ZSI in x_ZSI.split(_SEQUENCES_AT_ONCE)]
+        return torch.empty_like(feature_ZSI[..., 0]).scatter_(1, order_ZS, torch.cat(parts))
+
+    def _score(self, x_ZSI: torch.Tensor) -> torch.Tensor:
+        """Scores of slots from the newest to the oldest."""
+        query, key, value = self._linear("input", x_ZSI).split(HIDDEN, dim=-1)
         if self.attention == "dense":
             seen_ZSC = F.scaled_dot_product_attention(query[:, None], key[:, None], value[:, None], is_causal=True)[
                 :, 0
             ]
         else:
             seen_ZSC = _attend_blocks(query, key, value)
-        residual, multiplier = (seen_ZSC @ self._matrix("output_weight") + self._matrix("output_bias")).chunk(2, dim=-1)
-        score_ZS = (x_ZSI * (1 + multiplier) + residual) @ self._matrix("score_weight") + self._matrix("score_bias")
-        return torch.empty_like(score_ZS).scatter_(1, order_ZS, score_ZS)
+        residual, multiplier = self._linear("output", seen_ZSC).chunk(2, dim=-1)
+        return (x_ZSI * (1 + multiplier)).add_(residual) @ self._matrix("score_weight") + self._matrix("score_bias")
+
+    def _linear(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self._matrix(f"{name}_weight").T, self._matrix(f"{name}_bias"))
 
     def _matrix(self, name: str) -> torch.Tensor:
         return self.parameters[SLICES[name]].view(_SHAPES[name])
