@@ -25,7 +25,7 @@ KERNELS = {
     "attention_received": (
         attention_received_kernel, "bf16", shape | {"block_rows": 32, "block_keys": 64, "is_causal": True}),
     "attention_spectrogram": (attention_spectrogram_kernel, "bf16", spectrum | tail),
-    "kv_compaction": (kv_compaction_kernel, "i64", {"block_slots": 32, "block_words": 16}),
+    "kv_compaction": (kv_compaction_kernel, "i32", {"block_slots": 32, "block_words": 16}),
 }
 POINTERS = {"out_pointer": "fp32", "log_sum_pointer": "fp32", "given_tail_pointer": "fp32", "transform_pointer": "fp32",
             "tail_pointer": "fp32", "kept_pointer": "i64", "num_kept_pointer": "i64"}

@@ -24,7 +24,8 @@ class KeyNorm:
 
     def scores(self, window: Window) -> torch.Tensor:
         """See `ScoringPolicy`."""
-        return -torch.linalg.vector_norm(window.keys_LHSD, dim=-1, dtype=torch.float32)
+        norm_LHS: torch.Tensor = torch.linalg.vector_norm(window.keys_LHSD, dim=-1, dtype=torch.float32)
+        return -norm_LHS
 
     def keep(self, window: Window, budget: int) -> torch.Tensor:
         """See `EvictionPolicy.keep`."""
