@@ -263,7 +263,7 @@ async def _made(storage: RedisStorage, decoder: Decoder, chance: random.Random, 
 
     await store.checkpoints.stage(name, chunks())
     manifest = Manifest(
-        encoding_version=state_codec.VERSION,
+        encoding_version=state_codec.version(state),
         version=1,
         applied_offset=100,
         applied_pretoken_tokens=0,

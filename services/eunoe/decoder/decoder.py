@@ -18,7 +18,7 @@ from eunoe.decoder.memory_state import MemorySettings, MemoryState
 from eunoe.decoder.numerics import numerics_id
 from eunoe.decoder.rotary import Rotary, rotate
 from eunoe.decoder.weights import LayerWeights, Weights, random_weights, weights_digest
-from eunoe.eviction import EvictionPolicy
+from eunoe.eviction import EvictionPolicy, Statistics
 from eunoe_kernels.decode_step import MAX_STREAMS, DecodeStep, StreamSlots
 from eunoe_kernels.segment_attention import segment_attention
 
@@ -78,9 +78,9 @@ class Decoder:
         dtypes = dtypes or Dtypes.for_this_machine()
         return cls(config, random_weights(config, seed).to(dtypes.weights), dtypes)
 
-    def new_state(self, settings: MemorySettings) -> MemoryState:
-        """The memory state of a stream of which nothing is folded yet."""
-        return MemoryState(self.config, settings, self.dtypes.kv)
+    def new_state(self, settings: MemorySettings, policy: EvictionPolicy | None = None) -> MemoryState:
+        """The memory state of a stream of which nothing is folded yet, with room for what the policy remembers."""
+        return MemoryState(self.config, settings, self.dtypes.kv, policy.statistics if policy is not None else None)
 
     def prefill(
         self,
@@ -98,7 +98,8 @@ class Decoder:
         Args:
             state: Changed in place.
             token_ids: [n] integers below `vocab_size`.
-            policy: What to keep when the budget is exceeded.
+            policy: What to keep when the budget is exceeded. If it remembers other things of a slot than the state
+                has, those start from zero.
             logits: Of no token, of the last, or of all of them (4 vocab_size bytes a token).
 
         Returns:
@@ -111,10 +112,11 @@ class Decoder:
         if logits != "none" and not len(ids):
             raise ValueError("there are no logits without tokens")
         parts = []
+        state.use_statistics(policy.statistics)
         while len(ids):
             num_now = min(state.num_tokens_to_boundary, len(ids))
             wanted: Logits = "none" if logits == "last" and num_now < len(ids) else logits
-            part = self._run_pass(state, ids[:num_now], wanted)
+            part = self._run_pass(state, ids[:num_now], policy.statistics, wanted)
             if part is not None:
                 parts.append(part)
             ids = ids[num_now:]
@@ -141,6 +143,8 @@ class Decoder:
             raise ValueError(f"{len(token_ids)} tokens for {num_streams} states")
         ids = self._checked(token_ids)
         for state in states:
+            state.use_statistics(policy.statistics)
+            state.clear_statistics(1)
             state.rotate_pending(self._rotary)
         cos, sin = self._rotary.rows(torch.tensor([state.next_position for state in states]))
         streams = [
@@ -162,14 +166,19 @@ class Decoder:
             raise ValueError(f"token ids {ids.min()}..{ids.max()} are not all in 0..{self.config.vocab_size - 1}")
         return torch.from_numpy(ids.astype(np.int32))
 
-    def _run_pass(self, state: MemoryState, ids: torch.Tensor, logits: Logits) -> torch.Tensor | None:
+    def _run_pass(
+        self, state: MemoryState, ids: torch.Tensor, statistics: Statistics | None, logits: Logits
+    ) -> torch.Tensor | None:
         """All layers over consecutive tokens of one stream; logits [n, vocab] or [1, vocab] or none."""
+        state.clear_statistics(len(ids))
         state.rotate_pending(self._rotary)
         cos, sin = self._rotary.rows(torch.arange(state.next_position, state.next_position + len(ids)))
         last = len(self._weights.layers) - 1
         x_TE = self._embed(ids)
         for index, layer in enumerate(self._weights.layers):
             query_HGTD, key_HTD, value_HTD = self._project(x_TE, state, index, layer, cos, sin)
+            if statistics is not None:
+                state.observe(statistics, index, query_HGTD, key_HTD)
             if index == last and logits == "none":
                 # Nobody reads what the last layer computes beyond its keys and values.
                 break

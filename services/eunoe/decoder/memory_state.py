@@ -1,8 +1,8 @@
 """The memory state of a stream: the window of cached tokens, in fixed slabs.
 
-Shape suffixes: L KV source layer, H KV head, S slot, D head dim. Slots of a head are in ascending order of position.
-Keys are kept before rotary positions: a slot's rotation depends on its place among the slots that are left, which
-changes with every eviction.
+Shape suffixes: L KV source layer, H KV head, G query head of its group, S slot, D head dim, T new token, B byte.
+Slots of a head are in ascending order of position. Keys are kept before rotary positions: a slot's rotation depends on
+its place among the slots that are left, which changes with every eviction.
 """
 
 from dataclasses import dataclass
@@ -12,6 +12,8 @@ import torch
 
 from eunoe.decoder.config import DecoderConfig
 from eunoe.decoder.rotary import Rotary, rotate
+from eunoe.eviction.policy import Statistics
+from eunoe_kernels.kv_compaction import compact
 
 Positions = Literal["original", "compact"]
 
@@ -57,9 +59,17 @@ class MemoryState:
         rotated_keys: `keys` after rotary positions, in the KV dtype. Derived from `keys`: never stored, and valid
             only below `num_rotated`.
         num_rotated: Slots of `rotated_keys` that are up to date.
+        statistics_name: Layout of `statistics`; empty if there are none.
+        statistics: [L, H, capacity, B] uint8, what the eviction policy remembers of each slot, or None.
     """
 
-    def __init__(self, config: DecoderConfig, settings: MemorySettings, kv_dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        config: DecoderConfig,
+        settings: MemorySettings,
+        kv_dtype: torch.dtype,
+        statistics: Statistics | None = None,
+    ) -> None:
         heads = (config.num_kv_layers, config.num_kv_heads)
         slab = (*heads, settings.capacity, config.head_dim)
         self.settings = settings
@@ -71,6 +81,21 @@ class MemoryState:
         self.rotated_keys = torch.empty(slab, dtype=kv_dtype)
         self.positions = torch.empty(*heads, settings.capacity, dtype=torch.int32)
         self.token_ids = torch.empty(*heads, settings.capacity, dtype=torch.int32)
+        self.statistics_name = ""
+        self.statistics: torch.Tensor | None = None
+        self.use_statistics(statistics)
+
+    def use_statistics(self, statistics: Statistics | None) -> None:
+        """Have the statistics that a policy needs; if those there are others, they start from zero."""
+        name = statistics.name if statistics is not None else ""
+        if name != self.statistics_name:
+            self.set_statistics(name, statistics.num_bytes if statistics is not None else 0)
+
+    def set_statistics(self, name: str, num_bytes: int) -> None:
+        """Replace the statistics by zeros of `num_bytes` a slot; by none if the name is empty."""
+        assert len(name.encode()) <= 48, f"the encoding has no room for {name!r}"
+        self.statistics_name = name
+        self.statistics = torch.zeros(*self.positions.shape, num_bytes, dtype=torch.uint8) if name else None
 
     @property
     def num_sink_tokens(self) -> int:
@@ -97,6 +122,11 @@ class MemoryState:
         return self.values[:, :, : self.num_slots]
 
     @property
+    def statistics_LHSB(self) -> torch.Tensor | None:
+        """Live slots of `statistics`."""
+        return None if self.statistics is None else self.statistics[:, :, : self.num_slots]
+
+    @property
     def next_position(self) -> int:
         """Rotary position of the next token."""
         return self.num_slots if self.settings.positions == "compact" else self.num_tokens
@@ -108,25 +138,52 @@ class MemoryState:
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of the canonical state once the budget is full: keys, values, positions and token ids.
+        """Bytes of the canonical state once the budget is full: keys, values, positions, token ids, statistics.
 
-        2 L H D C itemsize + 8 L H C for a budget of C slots.
+        2 L H D C itemsize + (8 + B) L H C for a budget of C slots.
         """
         num_layers, num_heads, _, head_dim = self.keys.shape
         slot_bytes = 2 * head_dim * self.keys.element_size() + 8
+        if self.statistics is not None:
+            slot_bytes += self.statistics.shape[-1]
         return num_layers * num_heads * self.settings.kv_budget_tokens * slot_bytes
 
     @property
     def resident_bytes(self) -> int:
         """Bytes that this state holds in memory, the derived copy included."""
-        slabs = (self.keys, self.values, self.rotated_keys, self.positions, self.token_ids)
-        return sum(slab.numel() * slab.element_size() for slab in slabs)
+        return sum(slab.numel() * slab.element_size() for slab in (*self._slabs, self.rotated_keys))
+
+    @property
+    def _slabs(self) -> tuple[torch.Tensor, ...]:
+        """All that is not derived."""
+        slabs = (self.keys, self.values, self.positions, self.token_ids)
+        return slabs if self.statistics is None else (*slabs, self.statistics)
 
     def write(self, layer: int, keys_HTD: torch.Tensor, values_HTD: torch.Tensor) -> None:
         """Put the keys and values of new tokens behind the live slots of one layer; `append` makes them live."""
         end = self.num_slots + keys_HTD.shape[1]
         self.keys[layer, :, self.num_slots : end] = keys_HTD
         self.values[layer, :, self.num_slots : end] = values_HTD
+
+    def observe(self, statistics: Statistics, layer: int, query_HGTD: torch.Tensor, key_HTD: torch.Tensor) -> None:
+        """Have the policy's statistics take in what one layer attends to in a pass over T new tokens.
+
+        Args:
+            statistics: Those in use.
+            layer: Of the KV source layer.
+            query_HGTD: Rotated queries of the pass.
+            key_HTD: Its rotated keys; those of the past are up to date.
+        """
+        assert self.statistics is not None
+        assert statistics.name == self.statistics_name
+        past_key_HSD = self.rotated_keys[layer, :, : self.num_slots]
+        end = self.num_slots + key_HTD.shape[1]
+        statistics.observe(self.statistics[layer, :, :end], query_HGTD, key_HTD, past_key_HSD)
+
+    def clear_statistics(self, num_new: int) -> None:
+        """Zero the statistics of slots behind the live ones, before their tokens are run."""
+        if self.statistics is not None:
+            self.statistics[:, :, self.num_slots : self.num_slots + num_new] = 0
 
     def append(self, token_ids: torch.Tensor) -> None:
         """Count new tokens whose keys and values every layer has written.
@@ -159,22 +216,20 @@ class MemoryState:
 
     def evict(self, kept_LHS: torch.Tensor) -> None:
         """Leave only the slots of these indices, int64 [L, H, num_kept], ascending."""
-        num_layers, num_heads, num_kept = kept_LHS.shape
-        first_row = torch.arange(num_layers * num_heads).view(num_layers, num_heads, 1) * self.settings.capacity
-        rows = (kept_LHS + first_row).flatten()
-        for slab in (self.keys, self.values, self.positions, self.token_ids):
-            kept = slab.flatten(0, 2).index_select(0, rows)
-            slab[:, :, :num_kept] = kept.view(num_layers, num_heads, num_kept, *slab.shape[3:])
-        self.num_slots = num_kept
+        compact(self._slabs, kept_LHS)
+        self.num_slots = kept_LHS.shape[2]
         self.num_rotated = 0
 
     def copy(self) -> "MemoryState":
         """An independent state with the same content."""
         other = object.__new__(MemoryState)
         other.__dict__ |= self.__dict__
-        for name in ("keys", "values", "rotated_keys", "positions", "token_ids"):
-            slab = torch.empty_like(getattr(self, name))
+        for name in ("keys", "values", "rotated_keys", "positions", "token_ids", "statistics"):
+            slab = getattr(self, name)
+            if slab is None:
+                continue
+            copied = torch.empty_like(slab)
             num_live = self.num_rotated if name == "rotated_keys" else self.num_slots
-            slab[:, :, :num_live] = getattr(self, name)[:, :, :num_live]
-            setattr(other, name, slab)
+            copied[:, :, :num_live] = slab[:, :, :num_live]
+            setattr(other, name, copied)
         return other

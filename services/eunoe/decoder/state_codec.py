@@ -3,6 +3,9 @@
 Encoding, version 1: a header, then the live slots of keys, values, positions and token ids, each row-major and
 little-endian, cut into chunks of at most 1 MiB. The header holds its own digest and that of everything behind it. Every
 version begins with magic and version.
+
+Version 2 is that of states with a policy's statistics: their name and bytes a slot follow the header, under its digest;
+the statistics of live slots come last. A state without any is written in version 1, the same bytes as ever.
 """
 
 import struct
@@ -17,10 +20,14 @@ from eunoe.runtime.errors import CorruptState, UnknownVersion
 
 CHUNK_BYTES = 1 << 20
 _MAGIC = b"EUNOEMEM"
-VERSION = 1
+_VERSION_PLAIN, _VERSION_STATISTICS = 1, 2
+VERSIONS = (_VERSION_PLAIN, _VERSION_STATISTICS)
 # Magic, version, KV dtype, positions, KV source layers, KV heads, head dim, budget, segment length, sink tokens,
 # tokens, slots, payload bytes, payload digest; then the digest of all these.
 _HEADER = struct.Struct("<8sHBBIIIIIIQIQ16s")
+# Name, padded with zeros, and bytes a slot.
+_STATISTICS = struct.Struct("<48sI")
+_MAX_STATISTICS_BYTES = 1024
 _DIGEST_BYTES = 16
 _KV_DTYPES = (torch.bfloat16, torch.float32)
 _POSITIONS = ("original", "compact")
@@ -30,9 +37,16 @@ def encode(state: MemoryState) -> list[bytes]:
     """A state as chunks of at most 1 MiB, in order. Independent of slab capacity and machine."""
     payload = b"".join(_live_bytes(slab) for slab in _live_slabs(state))
     fields = (*_identity(state.keys, state.settings), state.num_tokens, state.num_slots)
-    header = _HEADER.pack(_MAGIC, VERSION, *fields, len(payload), xxhash.xxh3_128_digest(payload))
+    header = _HEADER.pack(_MAGIC, version(state), *fields, len(payload), xxhash.xxh3_128_digest(payload))
+    if state.statistics is not None:
+        header += _STATISTICS.pack(state.statistics_name.encode(), state.statistics.shape[-1])
     whole = memoryview(header + xxhash.xxh3_128_digest(header) + payload)
     return [bytes(whole[start : start + CHUNK_BYTES]) for start in range(0, len(whole), CHUNK_BYTES)]
+
+
+def version(state: MemoryState) -> int:
+    """The encoding that `encode` writes a state in."""
+    return _VERSION_PLAIN if state.statistics is None else _VERSION_STATISTICS
 
 
 def decode(chunks: Sequence[bytes], config: DecoderConfig, settings: MemorySettings, dtypes: Dtypes) -> MemoryState:
@@ -43,22 +57,27 @@ def decode(chunks: Sequence[bytes], config: DecoderConfig, settings: MemorySetti
         CorruptState: If the chunks are torn, altered, or of another shape than config, settings and dtypes say.
     """
     whole = bytearray().join(chunks)
-    payload_start = _HEADER.size + _DIGEST_BYTES
-    if len(whole) < payload_start:
+    if len(whole) < _HEADER.size + _DIGEST_BYTES:
         raise CorruptState(f"{len(whole)} bytes are no memory state")
-    header = bytes(whole[: _HEADER.size])
-    magic, version, *identity, num_tokens, num_slots, payload_bytes, payload_digest = _HEADER.unpack(header)
-    if magic == _MAGIC and version != VERSION:
+    magic, found, *identity, num_tokens, num_slots, payload_bytes, payload_digest = _HEADER.unpack_from(whole)
+    if magic == _MAGIC and found not in VERSIONS:
         raise UnknownVersion(
-            f"the memory state has version {version}, and version {VERSION} is read here", found=version, known=VERSION
+            f"the memory state has version {found}, and versions up to {VERSIONS[-1]} are read here",
+            found=found,
+            known=VERSIONS[-1],
         )
-    if magic != _MAGIC or xxhash.xxh3_128_digest(header) != whole[_HEADER.size : payload_start]:
+    header_bytes = _HEADER.size + (_STATISTICS.size if found == _VERSION_STATISTICS else 0)
+    payload_start = header_bytes + _DIGEST_BYTES
+    header = bytes(whole[:header_bytes])
+    if magic != _MAGIC or xxhash.xxh3_128_digest(header) != whole[header_bytes:payload_start]:
         raise CorruptState("the header of a memory state is damaged")
     state = MemoryState(config, settings, dtypes.kv)
     if tuple(identity) != _identity(state.keys, settings):
         raise CorruptState(f"a memory state of shape {identity} is not one of {_identity(state.keys, settings)}")
     if num_slots > min(settings.capacity, num_tokens):
         raise CorruptState(f"{num_slots} slots of {num_tokens} tokens do not fit in {settings.capacity}")
+    if found == _VERSION_STATISTICS:
+        state.set_statistics(*_statistics(header))
     state.num_tokens, state.num_slots = num_tokens, num_slots
     slabs = _live_slabs(state)
     sizes = [slab.numel() * slab.element_size() for slab in slabs]
@@ -85,17 +104,31 @@ def state_digest(state: MemoryState, applied_offset: int, applied_pretoken_token
     shape = (state.keys.shape[0], state.keys.shape[1], state.keys.shape[3], _KV_DTYPES.index(state.keys.dtype))
     place = (state.num_tokens, state.num_slots, applied_offset, applied_pretoken_tokens)
     hasher = xxhash.xxh3_128(struct.pack("<4I4Q", *shape, *place))
+    hasher.update(state.statistics_name.encode())
     for slab in _live_slabs(state):
         hasher.update(_live_bytes(slab))
     return hasher.hexdigest()
 
 
 def _live_slabs(state: MemoryState) -> tuple[torch.Tensor, ...]:
-    return state.keys_LHSD, state.values_LHSD, state.positions_LHS, state.token_ids_LHS
+    slabs = (state.keys_LHSD, state.values_LHSD, state.positions_LHS, state.token_ids_LHS)
+    return slabs if state.statistics_LHSB is None else (*slabs, state.statistics_LHSB)
 
 
 def _live_bytes(slab: torch.Tensor) -> memoryview:
     return slab.contiguous().view(torch.uint8).numpy().data.cast("B") if slab.numel() else memoryview(b"")
+
+
+def _statistics(header: bytes) -> tuple[str, int]:
+    """Name and bytes a slot, of a header of version 2."""
+    padded, num_bytes = _STATISTICS.unpack_from(header, _HEADER.size)
+    try:
+        name = padded.rstrip(b"\0").decode()
+    except UnicodeDecodeError as error:
+        raise CorruptState("the name of a memory state's statistics is no text") from error
+    if not name or not 0 < num_bytes <= _MAX_STATISTICS_BYTES:
+        raise CorruptState(f"statistics {name!r} of {num_bytes} bytes a slot cannot be")
+    return name, num_bytes
 
 
 def _identity(keys: torch.Tensor, settings: MemorySettings) -> tuple[int, ...]:

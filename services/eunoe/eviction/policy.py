@@ -8,7 +8,7 @@ import torch
 class Window(Protocol):
     """What a policy sees of a memory state. Slots of a head are in ascending order of position.
 
-    Shape suffixes: L KV source layer, H KV head, S slot (live ones only), D head dim.
+    Shape suffixes: L KV source layer, H KV head, S slot (live ones only), D head dim, B byte.
     """
 
     @property
@@ -35,6 +35,40 @@ class Window(Protocol):
     def values_LHSD(self) -> torch.Tensor:
         """Values."""
 
+    @property
+    def statistics_LHSB(self) -> torch.Tensor | None:
+        """What the policy's `Statistics` remember of each slot, uint8; None if it has none."""
+
+
+class Statistics(Protocol):
+    """What a policy has the memory state remember of each slot, beside its key and value: a few bytes, packed.
+
+    Shape suffixes as in `Window`; G query head of a KV head's group, T token of a pass, N slot of both.
+    """
+
+    @property
+    def name(self) -> str:
+        """Layout, settings and version, at most 48 bytes. Under another name a state's statistics start from zero."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes a slot."""
+
+    def observe(
+        self,
+        statistics_HNB: torch.Tensor,
+        query_HGTD: torch.Tensor,
+        key_HTD: torch.Tensor,
+        past_key_HSD: torch.Tensor,
+    ) -> None:
+        """Take in what one layer attended to in a pass. A token that is decoded alone is seen by nobody.
+
+        Args:
+            statistics_HNB: Changed in place; all bytes of the pass's own T slots are zero.
+            query_HGTD: Rotated queries of the pass.
+            key_HTD: Rotated keys of the pass; `past_key_HSD` those of the slots before it.
+        """
+
 
 class EvictionPolicy(Protocol):
     """A rule that says which slots to keep. It must be a pure function of the window and the budget."""
@@ -43,10 +77,28 @@ class EvictionPolicy(Protocol):
     def name(self) -> str:
         """Name and version, recorded with every decision."""
 
+    @property
+    def statistics(self) -> Statistics | None:
+        """What it needs to know of each slot beside key, value and position."""
+
     def keep(self, window: Window, budget: int) -> torch.Tensor:
-        """Indices of the slots to keep, ascending, int64 [L, H, min(budget, num_slots)]; sink tokens are among them.
+        """Indices of the slots to keep, ascending, int64 [L, H, n] with n <= budget; sink tokens are among them.
 
         Args:
             window: A memory state at a segment boundary.
-            budget: Most slots a head keeps, sinks included; at least `window.num_sink_tokens`.
+            budget: Most slots a head keeps, sinks included; above `window.num_sink_tokens`.
         """
+
+
+class ScoringPolicy(EvictionPolicy, Protocol):
+    """A policy whose choice is a score for each slot: one call for all layers and heads, wherever it runs."""
+
+    def scores(self, window: Window) -> torch.Tensor:
+        """How much each slot is worth keeping, float32 [L, H, S]; higher is kept.
+
+        A function of `statistics_LHSB` and `positions_LHS` alone, and of keys and values if the policy has no
+        statistics.
+        """
+
+    def keep_scored(self, scores_LHS: torch.Tensor, window: Window, budget: int) -> torch.Tensor:
+        """As `keep`, with the scores given."""

@@ -12,6 +12,7 @@ class SinksRecent:
     """Keeps the stream's first tokens, which collect the attention that has nowhere to go, and the newest ones."""
 
     name: str = "sinks-recent/1"
+    statistics: None = None
 
     def keep(self, window: Window, budget: int) -> torch.Tensor:
         """See `EvictionPolicy.keep`."""

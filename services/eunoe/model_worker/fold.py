@@ -186,7 +186,7 @@ class StreamFold:
         applied_offset, applied_pretoken_tokens = self._log.cursor
         chunks = [(uuid.uuid4().hex, chunk) for chunk in state_codec.encode(self._state)]
         manifest = pb.Manifest(
-            encoding_version=state_codec.VERSION,
+            encoding_version=state_codec.version(self._state),
             applied_offset=applied_offset,
             applied_pretoken_tokens=applied_pretoken_tokens,
             tokens=self._state.num_tokens,

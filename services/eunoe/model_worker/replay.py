@@ -12,9 +12,6 @@ from eunoe.internal.v1 import state_store_pb2 as pb
 from eunoe.model_worker.engine import Job
 from eunoe.model_worker.fold import StreamFold
 
-# Those that a stored memory state can be read in here.
-KNOWN_ENCODINGS = (state_codec.VERSION,)
-
 
 class Recorded:
     """What is recorded of a stream from a memory state on.
@@ -59,7 +56,7 @@ class Recorded:
                 )
 
         for manifest in self._checkpoints:
-            need(api.MISSING_KIND_ENCODING, str(manifest.encoding_version), [*map(str, KNOWN_ENCODINGS)])
+            need(api.MISSING_KIND_ENCODING, str(manifest.encoding_version), [*map(str, state_codec.VERSIONS)])
             need(api.MISSING_KIND_MODEL, manifest.model_digest, [decoder.model_digest])
         for run in self._runs:
             need(api.MISSING_KIND_NUMERICS, run.numerics_id, [decoder.numerics_id], run.first_segment)

@@ -151,7 +151,9 @@ class OwnedStream:
                 return self._fold
             parts = self._parts
             with self.in_use():
-                size = await parts.engine.call(lambda: parts.decoder.new_state(self.settings).resident_bytes)
+                size = await parts.engine.call(
+                    lambda: parts.decoder.new_state(self.settings, parts.policy).resident_bytes
+                )
                 await parts.admission.reserve(size)
                 self._reserved_bytes = size
                 try:
@@ -320,7 +322,7 @@ class OwnedStream:
                 metrics.QUARANTINES.inc()
         if self._record.stream.log_start_offset:
             raise CorruptState(f"{self.name} has no sound checkpoint, and its log does not go back to the beginning")
-        return await parts.engine.call(lambda: parts.decoder.new_state(self.settings))
+        return await parts.engine.call(lambda: parts.decoder.new_state(self.settings, parts.policy))
 
     def _new_fold(self, state: MemoryState) -> StreamFold:
         parts = self._parts

@@ -11,11 +11,12 @@ from collections.abc import AsyncIterator
 from google.protobuf import timestamp_pb2
 
 from eunoe.api.v1 import long_context_pb2 as api
+from eunoe.decoder import state_codec
 from eunoe.decoder.memory_state import MemorySettings, MemoryState
 from eunoe.eviction import POLICIES
 from eunoe.internal.v1 import state_store_pb2 as pb
 from eunoe.model_worker.fold import StreamFold
-from eunoe.model_worker.replay import KNOWN_ENCODINGS, Recorded, replay
+from eunoe.model_worker.replay import Recorded, replay
 from eunoe.model_worker.stream import WorkerParts, is_done_in_a_second, memory_settings
 from eunoe.runtime.errors import (
     Conflict,
@@ -174,7 +175,7 @@ class _Attempt:
     async def _load(self, manifest: pb.Manifest, settings: MemorySettings) -> MemoryState | None:
         """A checkpoint's memory state; None if this worker cannot read it, though its bytes are what was committed."""
         parts = self._parts
-        is_known = manifest.encoding_version in KNOWN_ENCODINGS
+        is_known = manifest.encoding_version in state_codec.VERSIONS
         if is_known and manifest.model_digest == parts.decoder.model_digest:
             state = await parts.checkpoints.load(self._name, manifest, settings)
             if state.num_tokens != manifest.tokens:

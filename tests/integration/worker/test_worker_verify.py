@@ -122,6 +122,7 @@ async def test_each_run_is_folded_with_the_policy_that_it_was_recorded_with(
 ) -> None:
     class FirstOnes:
         name = "first-ones/1"
+        statistics = None
 
         def keep(self, window: Window, budget: int) -> torch.Tensor:
             num_layers, num_heads, num_slots = window.positions_LHS.shape

@@ -29,6 +29,25 @@ def test_state_bytes_follow_the_formula() -> None:
     assert state.resident_bytes == (3 * 2 * 2 * 16 * 2 + 8 * 2 * 2) * 1536
 
 
+def test_statistics_count_in_state_bytes_and_follow_their_slots() -> None:
+    settings = MemorySettings(kv_budget_tokens=4, segment_length=6, num_sink_tokens=0)
+    state = a_state(6, settings)
+    plain_bytes, plain_resident = state.state_bytes, state.resident_bytes
+    state.set_statistics("some/1", 5)
+    assert state.statistics_LHSB is not None
+    state.statistics_LHSB[:] = torch.arange(6, dtype=torch.uint8)[:, None]
+    kept = torch.tensor([[[0, 2, 5], [1, 3, 4]], [[0, 1, 2], [3, 4, 5]]])
+
+    copy = state.copy()
+    state.evict(kept)
+
+    assert state.state_bytes == plain_bytes + 2 * 2 * 4 * 5
+    assert state.resident_bytes == plain_resident + 2 * 2 * 10 * 5
+    assert torch.equal(state.statistics_LHSB[..., 4].long(), kept)
+    assert copy.statistics_LHSB is not None
+    assert (copy.statistics_LHSB == torch.arange(6)[:, None]).all()
+
+
 def test_heads_may_keep_different_slots() -> None:
     state = a_state(6, MemorySettings(kv_budget_tokens=4, segment_length=6, num_sink_tokens=0))
     kept = torch.tensor([[[0, 2, 5], [1, 3, 4]], [[0, 1, 2], [3, 4, 5]]])

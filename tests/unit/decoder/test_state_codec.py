@@ -1,3 +1,4 @@
+import hashlib
 import struct
 from collections.abc import Callable
 from typing import Literal
@@ -9,9 +10,9 @@ import torch
 from eunoe.decoder.config import Dtypes
 from eunoe.decoder.decoder import Decoder
 from eunoe.decoder.memory_state import MemorySettings, MemoryState
-from eunoe.decoder.state_codec import CHUNK_BYTES, VERSION, decode, encode, state_digest
+from eunoe.decoder.state_codec import CHUNK_BYTES, VERSIONS, decode, encode, state_digest, version
 from eunoe.decoder.tiny import tiny_config
-from eunoe.eviction import DEFAULT_POLICY
+from eunoe.eviction import DEFAULT_POLICY, HeavyHitter
 from eunoe.runtime.errors import CorruptState, UnknownVersion
 
 SETTINGS = MemorySettings(kv_budget_tokens=48, segment_length=16)
@@ -131,7 +132,7 @@ def test_version_1_reads_and_is_written_as_ever(
     chunk = golden(f"memory_state_1_{kind}.bin", written)
     restored = decode([chunk], GOLDEN_CONFIG, settings, Dtypes(weights=kv, kv=kv, compute=torch.float32))
 
-    assert VERSION == 1
+    assert version(state) == 1
     assert (restored.num_tokens, restored.num_slots) == (6, 3)
     for name in ("keys_LHSD", "values_LHSD", "positions_LHS", "token_ids_LHS"):
         assert torch.equal(getattr(restored, name), getattr(state, name)), name
@@ -152,11 +153,60 @@ def a_known_state(settings: MemorySettings, kv: torch.dtype) -> MemoryState:
 
 def test_another_version_is_named_and_so_is_this_one(decoder: Decoder) -> None:
     (chunk,) = encode(a_state(decoder, 5))
-    later = chunk[:8] + struct.pack("<H", VERSION + 1) + chunk[10:40]
+    later = chunk[:8] + struct.pack("<H", VERSIONS[-1] + 1) + chunk[10:40]
 
     with pytest.raises(UnknownVersion) as error:
         read(decoder, [later + bytes(200)])
 
-    assert (error.value.found, error.value.known) == (VERSION + 1, VERSION)
-    assert f"version {VERSION + 1}" in error.value.message
-    assert f"version {VERSION} is read" in error.value.message
+    assert (error.value.found, error.value.known) == (VERSIONS[-1] + 1, VERSIONS[-1])
+    assert f"version {VERSIONS[-1] + 1}" in error.value.message
+    assert f"versions up to {VERSIONS[-1]} are read" in error.value.message
+
+
+def test_a_state_without_statistics_is_encoded_as_ever(decoder: Decoder) -> None:
+    state = MemoryState(decoder.config, MemorySettings(kv_budget_tokens=8, segment_length=4), torch.bfloat16)
+    numbers = torch.arange(7 * 16.0).view(7, 16).expand(2, 7, 16)
+    for layer in range(2):
+        state.write(layer, numbers + layer, -numbers)
+    state.append(torch.arange(7, dtype=torch.int32))
+
+    encoded = hashlib.sha256(b"".join(encode(state))).hexdigest()
+
+    assert version(state) == 1
+    assert encoded == "cd8c95d452ebdff7740bf4767a1db94819ef2083030295edf6a481d2698d127d"
+    assert state_digest(state, 5, 1) == "49b78edde8f632e6867d80bcee11da41"
+
+
+def test_statistics_are_part_of_the_state(decoder: Decoder) -> None:
+    policy = HeavyHitter()
+    state = decoder.new_state(SETTINGS, policy)
+    decoder.prefill(state, np.random.default_rng(0).integers(0, 512, 100), policy)
+
+    chunks = encode(state)
+    restored = read(decoder, chunks)
+
+    assert version(state) == 2
+    assert restored.statistics_name == policy.statistics.name
+    assert restored.statistics_LHSB is not None
+    assert state.statistics_LHSB is not None
+    assert torch.equal(restored.statistics_LHSB, state.statistics_LHSB)
+    assert encode(restored) == chunks
+    assert len(b"".join(chunks)) > state.num_slots * 4 * (2 * 16 * 2 + 8 + 4)
+    state.statistics_LHSB[0, 1, 2] += 1
+    assert state_digest(state, 0, 0) != state_digest(restored, 0, 0)
+
+
+def test_every_flipped_byte_of_a_state_with_statistics_is_found(decoder: Decoder) -> None:
+    policy = HeavyHitter()
+    state = decoder.new_state(SETTINGS, policy)
+    decoder.prefill(state, range(5), policy)
+    (chunk,) = encode(state)
+
+    for index in [*range(180), *range(180, len(chunk), 97), len(chunk) - 1]:
+        damaged = bytearray(chunk)
+        damaged[index] ^= 0x10
+        with pytest.raises((CorruptState, UnknownVersion)):
+            read(decoder, [bytes(damaged)])
+    for length in range(0, 180, 7):
+        with pytest.raises(CorruptState):
+            read(decoder, [chunk[:length]])

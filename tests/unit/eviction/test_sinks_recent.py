@@ -3,7 +3,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from eunoe.eviction import DEFAULT_POLICY, POLICIES, SinksRecent
+from eunoe.eviction import SinksRecent
 
 
 def a_window(num_slots: int, num_sink_tokens: int) -> SimpleNamespace:
@@ -29,8 +29,3 @@ def test_sinks_and_the_newest_slots_are_kept(
     assert got.shape == (2, 3, len(kept))
     assert got.dtype == torch.int64
     assert (got == torch.tensor(kept)).all()
-
-
-def test_policies_are_listed_by_name() -> None:
-    assert POLICIES["sinks-recent/1"] is DEFAULT_POLICY
-    assert all(name == policy.name for name, policy in POLICIES.items())

@@ -1,0 +1,98 @@
+"""What does an eviction policy cost a segment? A random model of SmolLM2-135M's shape, its window full.
+
+A pass over 512 tokens ends in an eviction from 1,536 slots to 1,024. Policies take turns; `sinks_recent` only moves
+slots, so what another takes longer is the price of its choice: watching attention in every layer, and one scoring.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+import torch
+from _report import Report, arguments, interleaved
+
+from eunoe.decoder.config import DecoderConfig
+from eunoe.decoder.decoder import Decoder
+from eunoe.decoder.memory_state import MemorySettings, MemoryState
+from eunoe.eviction import EvictionPolicy, HeavyHitter, KeyNorm, Namm, SinksRecent, SnapKV
+from eunoe.eviction.backward_attention import NUM_PARAMETERS, Attention, BackwardAttention
+from eunoe.eviction.namm import Normalization
+from eunoe.eviction.spectrogram import AttentionSpectrogram
+
+SETTINGS = MemorySettings(kv_budget_tokens=1024, segment_length=512)
+
+
+def main() -> None:
+    """Print seconds a segment, and of the scoring alone, for each policy."""
+    options = arguments(__doc__ or "").parse_args()
+    report = Report("eviction_cost", as_json=options.json)
+    torch.set_num_threads(options.threads)
+    # The vocabulary is small because no logits are computed.
+    config = DecoderConfig(
+        name="smollm2-135m's shape", vocab_size=512, dim=576, num_layers=30, num_query_heads=9, num_kv_heads=3,
+        head_dim=64, ffn_dim=1536, ties_embeddings=True,
+    )  # fmt: skip
+    decoder = Decoder.random(config, seed=0)
+    policies: dict[str, EvictionPolicy] = {
+        "sinks_recent": SinksRecent(),
+        "key_norm": KeyNorm(),
+        "snapkv": SnapKV(),
+        "heavy_hitter": HeavyHitter(),
+        "namm": a_namm(),
+        "namm_128_queries": a_namm(128),
+        "namm_64_queries": a_namm(64),
+        "namm_64_queries_blocks": a_namm(64, "blocks"),
+    }
+    num_repeats = 3 if options.quick else 10
+    if options.quick:
+        policies = {name: policies[name] for name in ("sinks_recent", "namm", "namm_64_queries_blocks")}
+    segments: dict[str, Callable[[], object]] = {}
+    scorings: dict[str, Callable[[], object]] = {}
+    for name, policy in policies.items():
+        state = a_full_state(decoder, policy)
+        segments[name] = partial(decoder.prefill, state, some_tokens(), policy)
+        if isinstance(policy, Namm):
+            scorings[name] = partial(policy.scores, a_window_before_eviction(decoder, policy))
+    seconds = interleaved(report, num_repeats, segments)
+    for name, value in seconds.items():
+        ratio = value / seconds["sinks_recent"]
+        report.add(f"segment_seconds_{name}", value, f"{ratio:.2f} times sinks_recent's")
+    for name, value in interleaved(report, num_repeats, scorings).items():
+        report.add(f"scoring_seconds_{name}", value, "one call for all layers and heads")
+    for name, policy in policies.items():
+        num_bytes = policy.statistics.num_bytes if policy.statistics is not None else 0
+        report.add(f"statistics_bytes_{name}", num_bytes, "a slot")
+    report.finish()
+
+
+def a_namm(num_observed_queries: int | None = None, attention: Attention = "dense") -> Namm:
+    """Random parameters: they change what is kept, not what it costs."""
+    parameters = 0.3 * torch.randn(NUM_PARAMETERS, generator=torch.Generator().manual_seed(0))
+    normalization = Normalization(torch.full((17,), 0.01), torch.full((17,), 0.02))
+    return Namm(BackwardAttention(parameters, attention), normalization, AttentionSpectrogram(num_observed_queries))
+
+
+def some_tokens() -> np.ndarray:
+    """A segment of them."""
+    return np.random.default_rng(0).integers(0, 512, SETTINGS.segment_length)
+
+
+def a_full_state(decoder: Decoder, policy: EvictionPolicy) -> MemoryState:
+    """A state of as many slots as the budget has, at a segment boundary."""
+    state = decoder.new_state(SETTINGS, policy)
+    while state.num_slots < SETTINGS.kv_budget_tokens:
+        decoder.prefill(state, some_tokens(), policy)
+    return state
+
+
+def a_window_before_eviction(decoder: Decoder, policy: EvictionPolicy) -> MemoryState:
+    """A state with a segment more than the budget, as a policy sees it. What its statistics are costs nothing."""
+    state = decoder.new_state(SETTINGS, policy)
+    state.clear_statistics(SETTINGS.capacity)
+    state.append(torch.zeros(SETTINGS.capacity, dtype=torch.int32))
+    return state
+
+
+if __name__ == "__main__":
+    with torch.inference_mode():
+        main()

@@ -1,0 +1,109 @@
+"""Neural attention memory model (NAMM): an evolved network scores each slot by the attention that it received.
+
+After "An Evolved Universal Transformer Memory" (Cetin et al. 2024, arXiv:2410.13166). A slot's 25 features are its age
+
+    sin(age w_k), cos(age w_k),   w_k = 50000^(-k / 4), k = 0..3,   age = position of the newest slot - its own
+
+and the mean of its attention spectrogram, normalised with constants that are frozen before the evolution begins. One
+network scores them for all layers and heads. Published, a slot stays while its score is 0 or more, nothing is protected
+and nothing bounds the cache; here the budget does, and sinks and the newest slots stay.
+
+Shape suffixes: L KV source layer, H KV head, S slot, F frequency bin, I feature.
+"""
+
+import hashlib
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+
+from eunoe.eviction.backward_attention import NUM_FEATURES, NUM_PARAMETERS, BackwardAttention
+from eunoe.eviction.policy import Window
+from eunoe.eviction.selection import keep_best, protect
+from eunoe.eviction.spectrogram import AttentionSpectrogram
+from eunoe_kernels.attention_spectrogram import NUM_BINS
+
+# The published table of ages ends here. A stream does not: what is older looks as old as this.
+_MAX_AGE = 32768
+_NUM_WAVES = (NUM_FEATURES - NUM_BINS) // 2
+
+
+@dataclass(frozen=True, eq=False)
+class Normalization:
+    """Mean and variance of each bin of the spectrogram, float32 [F] each, collected once over a full cache."""
+
+    mean: torch.Tensor
+    variance: torch.Tensor
+
+    def __post_init__(self) -> None:
+        if self.mean.shape != (NUM_BINS,) or self.variance.shape != (NUM_BINS,):
+            raise ValueError(
+                f"mean {tuple(self.mean.shape)} and variance {tuple(self.variance.shape)} of {NUM_BINS} bins"
+            )
+
+    def __call__(self, spectrogram_F: torch.Tensor) -> torch.Tensor:
+        """Normalised bins [..., F]."""
+        return (spectrogram_F - self.mean) / self.variance.sqrt().clamp_min(1e-7)
+
+
+@dataclass(frozen=True, eq=False)
+class Namm:
+    """Keeps what the network scores highest."""
+
+    network: BackwardAttention
+    normalization: Normalization
+    statistics: AttentionSpectrogram = field(default_factory=AttentionSpectrogram)
+    num_recent_tokens: int = 64
+    """Newest slots that are never evicted, but at most half of the budget."""
+    threshold: float | None = None
+    """Slots below it leave even within the budget, down to the number that the greediest head has at or above it."""
+    num_spare_slots: int = 0
+    """Slots evicted beyond the budget: with a segment's length here only every second segment is scored."""
+
+    @classmethod
+    def untrained(cls) -> "Namm":
+        """All weights zero: every score is 0, so that the newest slots stay."""
+        network = BackwardAttention(torch.zeros(NUM_PARAMETERS))
+        return cls(network, Normalization(torch.zeros(NUM_BINS), torch.ones(NUM_BINS)))
+
+    @cached_property
+    def name(self) -> str:
+        """See `EvictionPolicy`: parameters, constants and every setting are in it."""
+        digest = hashlib.sha256(self.network.parameters.numpy().tobytes())
+        for constant in (self.normalization.mean, self.normalization.variance):
+            digest.update(constant.numpy().tobytes())
+        settings = (self.network.attention, self.statistics.name)
+        digest.update(repr((*settings, self.num_recent_tokens, self.threshold, self.num_spare_slots)).encode())
+        return f"namm/1/{digest.hexdigest()[:16]}"
+
+    def features(self, window: Window) -> torch.Tensor:
+        """The network's input for every slot, float32 [L, H, S, I]: age first, then the spectrogram."""
+        assert window.statistics_LHSB is not None
+        spectrogram_LHSF, _ = self.statistics.unpack(window.statistics_LHSB)
+        return torch.cat([age_embedding(window.positions_LHS), self.normalization(spectrogram_LHSF)], dim=-1)
+
+    def scores(self, window: Window) -> torch.Tensor:
+        """See `ScoringPolicy`."""
+        feature_LHSI = self.features(window)
+        return self.network(feature_LHSI.flatten(0, 1)).view(feature_LHSI.shape[:3])
+
+    def keep(self, window: Window, budget: int) -> torch.Tensor:
+        """See `EvictionPolicy.keep`."""
+        return self.keep_scored(self.scores(window), window, budget)
+
+    def keep_scored(self, scores_LHS: torch.Tensor, window: Window, budget: int) -> torch.Tensor:
+        """See `ScoringPolicy`."""
+        budget = max(budget - self.num_spare_slots, window.num_sink_tokens + 1)
+        protected_LHS = protect(scores_LHS, window, budget, self.num_recent_tokens)
+        num_kept = min(budget, window.num_slots)
+        if self.threshold is not None:
+            num_kept = min(num_kept, int((protected_LHS >= self.threshold).sum(dim=-1).max()))
+        return keep_best(protected_LHS, num_kept)
+
+
+def age_embedding(positions_LHS: torch.Tensor) -> torch.Tensor:
+    """Sines and cosines of each slot's distance in tokens from the newest slot, float32 [L, H, S, 8]."""
+    age_LHS = (positions_LHS[..., -1:].long() - positions_LHS).clamp_(max=_MAX_AGE)
+    frequency = 50000.0 ** (-torch.arange(_NUM_WAVES, dtype=torch.float64, device=age_LHS.device) / _NUM_WAVES)
+    angle = age_LHS[..., None] * frequency
+    return torch.cat([angle.sin(), angle.cos()], dim=-1).float()

@@ -1,0 +1,78 @@
+"""From scores to the slots that stay. Among equal scores the newer slot wins: without a preference, recency it is.
+
+Shape suffixes: L KV source layer, H KV head, S slot.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from eunoe.eviction.policy import Window
+
+
+@dataclass(frozen=True, slots=True)
+class RaggedSlots:
+    """Slots to keep where heads keep different numbers.
+
+    Attributes:
+        indices_LHS: Ascending, int64; only the first `num_kept_LH` of a head count.
+        num_kept_LH: int64.
+    """
+
+    indices_LHS: torch.Tensor
+    num_kept_LH: torch.Tensor
+
+
+def keep_best(scores_LHS: torch.Tensor, num_kept: int) -> torch.Tensor:
+    """The `num_kept` best slots of each head, ascending, int64 [L, H, num_kept].
+
+    Raises:
+        ValueError: If a score is NaN.
+    """
+    if scores_LHS.isnan().any():
+        raise ValueError("scores of slots are not numbers")
+    # Stable, so that equal scores stay in slot order and the cut falls before the newest of them.
+    order = scores_LHS.sort(dim=-1, stable=True).indices
+    return order[..., scores_LHS.shape[-1] - num_kept :].sort(dim=-1).values
+
+
+def protect(scores_LHS: torch.Tensor, window: Window, budget: int, num_recent_tokens: int) -> torch.Tensor:
+    """The scores with those of sink tokens and the newest slots raised to infinity.
+
+    Half of the budget at most is for the newest slots, so that scores count; the very newest always stays.
+    """
+    num_sinks = min(window.num_sink_tokens, window.num_slots)
+    num_recent = min(max(1, min(num_recent_tokens, budget // 2)), budget - num_sinks)
+    scores_LHS = scores_LHS.clone()
+    # Sinks are never evicted, so they stand in the first slots for ever.
+    scores_LHS[..., :num_sinks] = torch.inf
+    scores_LHS[..., max(num_sinks, window.num_slots - num_recent) :] = torch.inf
+    return scores_LHS
+
+
+def keep_protected(scores_LHS: torch.Tensor, window: Window, budget: int, num_recent_tokens: int) -> torch.Tensor:
+    """The `min(budget, num_slots)` slots of each head with the best scores, sinks and the newest ones among them."""
+    protected = protect(scores_LHS, window, budget, num_recent_tokens)
+    return keep_best(protected, min(budget, window.num_slots))
+
+
+def keep_above(scores_HS: torch.Tensor, threshold: float = 0.0) -> torch.Tensor:
+    """NAMM's own rule for one layer: all heads keep as many slots as the greediest has at or above the threshold.
+
+    The newest slot always stays.
+    """
+    scores_HS = scores_HS.clone()
+    scores_HS[:, -1] = torch.inf
+    return keep_best(scores_HS, int((scores_HS >= threshold).sum(dim=-1).max()))
+
+
+def keep_above_ragged(scores_LHS: torch.Tensor, budget: int, threshold: float = 0.0) -> RaggedSlots:
+    """Each head its own slots at or above the threshold, at most `budget` of them; the newest always stays."""
+    scores_LHS = scores_LHS.clone()
+    scores_LHS[..., -1] = torch.inf
+    num_kept_LH = (scores_LHS >= threshold).sum(dim=-1).clamp_(max=budget)
+    rank_LHS = scores_LHS.sort(dim=-1, stable=True).indices.argsort(dim=-1)
+    is_evicted = rank_LHS < scores_LHS.shape[-1] - num_kept_LH[..., None]
+    # False before true, each in slot order.
+    order_LHS = is_evicted.to(torch.int8).sort(dim=-1, stable=True).indices
+    return RaggedSlots(order_LHS[..., : int(num_kept_LH.max())], num_kept_LH)
