@@ -1,0 +1,1 @@
+"""Offline jobs: tasks that measure a memory, and the training of what they measure."""

@@ -1,0 +1,1 @@
+"""Tasks with known answers, made from real text and code."""
