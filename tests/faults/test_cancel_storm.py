@@ -15,12 +15,12 @@ async def storm(tiny_model: Path, num_calls: int) -> StormFigures:
         return await cancel_storm(gateway.address, pids, site.model_name, num_calls=num_calls, seed=1)
 
 
-async def test_a_platform_serves_on_after_a_thousand_cancelled_calls(tiny_model: Path) -> None:
-    figures = await storm(tiny_model, 1_000)
+async def test_a_platform_serves_on_after_hundreds_of_cancelled_calls(tiny_model: Path) -> None:
+    figures = await storm(tiny_model, 300)
 
-    assert sum(figures.cancelled_by_kind.values()) == 1_100
+    assert sum(figures.cancelled_by_kind.values()) == 400
     # A few pages more or less: only the long form can tell a leak from them.
-    assert max(figures.mib_per_1000.values()) < 20
+    assert max(figures.mib_per_1000.values()) < 60
 
 
 @pytest.mark.faults
