@@ -18,7 +18,7 @@ from functools import cached_property
 import torch
 
 from eunoe.eviction.backward_attention import NUM_FEATURES, NUM_PARAMETERS, BackwardAttention
-from eunoe.eviction.policy import Window
+from eunoe.eviction.policy import Window, WindowShape, keep_by_scores
 from eunoe.eviction.selection import keep_best, protect
 from eunoe.eviction.spectrogram import AttentionSpectrogram
 from eunoe_kernels.attention_spectrogram import NUM_BINS
@@ -77,21 +77,20 @@ class Namm:
         return f"namm/1/{digest.hexdigest()[:16]}"
 
     def features(self, window: Window) -> torch.Tensor:
-        """The network's input for every slot, float32 [L, H, S, I]: age first, then the spectrogram."""
+        """See `ScoringPolicy`: age first, then the spectrogram."""
         assert window.statistics_LHSB is not None
         spectrogram_LHSF, _ = self.statistics.unpack(window.statistics_LHSB)
         return torch.cat([age_embedding(window.positions_LHS), self.normalization(spectrogram_LHSF)], dim=-1)
 
-    def scores(self, window: Window) -> torch.Tensor:
+    def scores(self, feature_LHSI: torch.Tensor) -> torch.Tensor:
         """See `ScoringPolicy`."""
-        feature_LHSI = self.features(window)
         return self.network(feature_LHSI.flatten(0, 1)).view(feature_LHSI.shape[:3])
 
     def keep(self, window: Window, budget: int) -> torch.Tensor:
         """See `EvictionPolicy.keep`."""
-        return self.keep_scored(self.scores(window), window, budget)
+        return keep_by_scores(self, window, budget)
 
-    def keep_scored(self, scores_LHS: torch.Tensor, window: Window, budget: int) -> torch.Tensor:
+    def keep_scored(self, scores_LHS: torch.Tensor, window: WindowShape, budget: int) -> torch.Tensor:
         """See `ScoringPolicy`."""
         budget = max(budget - self.num_spare_slots, window.num_sink_tokens + 1)
         protected_LHS = protect(scores_LHS, window, budget, self.num_recent_tokens)
