@@ -124,6 +124,11 @@ def score(policy: ScoringPolicy, feature_LHSI: torch.Tensor) -> torch.Tensor:
         return policy.scores(feature_LHSI.contiguous())
 
 
+def scoring_numerics() -> str:
+    """What the last bits of scores depend on, beside the policy."""
+    return f"torch-{torch.__version__}/{torch.backends.cpu.get_cpu_capability().replace(' ', '-')}"
+
+
 @contextmanager
 def _one_thread() -> Iterator[None]:
     """The last bits of a product depend on how it is shared out."""

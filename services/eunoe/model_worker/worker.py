@@ -12,11 +12,12 @@ from weakref import WeakValueDictionary
 import grpc
 
 from eunoe.api.v1 import long_context_pb2 as api
+from eunoe.clients.eviction_sidecar import EvictionSidecarClient
 from eunoe.clients.state_store import StateStoreClient
 from eunoe.decoder.decoder import Decoder
 from eunoe.decoder.memory_state import MemorySettings
 from eunoe.decoder.tokenizer import Tokenizer
-from eunoe.eviction import DEFAULT_POLICY
+from eunoe.eviction.catalogue import PolicyCatalogue
 from eunoe.internal.v1 import model_worker_pb2, model_worker_pb2_grpc
 from eunoe.internal.v1 import state_store_pb2 as pb
 from eunoe.model_worker import metrics
@@ -28,6 +29,7 @@ from eunoe.model_worker.generation import Generation
 from eunoe.model_worker.memory import Admission, MemoryLedger
 from eunoe.model_worker.ownership import Ownership
 from eunoe.model_worker.servicer import ModelWorkerServicer
+from eunoe.model_worker.sidecar import Sidecar
 from eunoe.model_worker.stream import OwnedStream, WorkerParts
 from eunoe.model_worker.sweep import Sweep
 from eunoe.model_worker.verification import Verification
@@ -35,6 +37,7 @@ from eunoe.runtime.errors import EunoeError, ModelMismatch, NotFound, NotOwner, 
 from eunoe.runtime.failpoints import failpoint
 from eunoe.runtime.grpc_channel import open_channel
 from eunoe.runtime.grpc_server import GrpcServer
+from eunoe.runtime.payload_files import PayloadWriter
 from eunoe.runtime.telemetry import serve_metrics
 
 logger = logging.getLogger(__name__)
@@ -57,9 +60,7 @@ class ModelWorker:
         self.incarnation = uuid.uuid4().hex
         self.ledger = MemoryLedger(config.memory_limit_bytes)
         self.streams: dict[str, OwnedStream] = {}
-        self._engine = Engine(
-            lambda: Decoder.load(config.model_path, num_threads=config.num_threads), DEFAULT_POLICY, on_engine_death
-        )
+        self._engine = Engine(lambda: Decoder.load(config.model_path, num_threads=config.num_threads), on_engine_death)
         self._server = GrpcServer(
             address=f"{config.listen_host}:0", add_servicers=self._add_servicers, service_names=[_SERVICE]
         )
@@ -84,12 +85,13 @@ class ModelWorker:
         """Load the model, run a tiny inference, listen, and enter the worker directory.
 
         Raises:
-            ValueError: If there is no model of that name to load.
+            ValueError: If there is no model of that name to load, or no such policy.
             Unavailable: If the state store cannot be reached.
         """
         config = self.config
         self._channel = open_channel(config.state_store_address)
         store = StateStoreClient(self._channel)
+        catalogue = await asyncio.to_thread(PolicyCatalogue, config.policies_dir, config.policy)
         decoder = await self._engine.start()
         tokenizer = await asyncio.to_thread(Tokenizer.load, config.model_path)
         self.parts = WorkerParts(
@@ -98,7 +100,9 @@ class ModelWorker:
             engine=self._engine,
             decoder=decoder,
             tokenizer=tokenizer,
-            policy=DEFAULT_POLICY,
+            policy=catalogue.default,
+            catalogue=catalogue,
+            sidecar=sidecar_of(config, catalogue),
             checkpoints=Checkpoints(store, self._engine, decoder),
             admission=Admission(self.ledger, self._drop_idle),
         )
@@ -210,6 +214,8 @@ class ModelWorker:
             stream.fail(Unavailable("the worker has stopped"))
         await self._server.drain(0)
         await asyncio.to_thread(self._engine.stop)
+        if self.parts.sidecar is not None:
+            self.parts.sidecar.close()
         await self._channel.close()
         self._metrics.close()
 
@@ -289,6 +295,24 @@ class ModelWorker:
             await asyncio.sleep(_IDLE_PROBE_SECONDS)
             if self._engine.is_idle:
                 await self._probe()
+
+
+def sidecar_of(config: WorkerConfig, catalogue: PolicyCatalogue) -> Sidecar | None:
+    """What the worker asks about evictions; None if it is to ask nobody."""
+    if config.sidecar_address is None:
+        return None
+    features, shadow_features = (
+        PayloadWriter(config.payload_dir, f"{os.getpid()}-{name}") if config.payload_dir is not None else None
+        for name in ("features", "shadow")
+    )
+    return Sidecar(
+        EvictionSidecarClient(config.sidecar_address, config.sidecar_deadline_seconds),
+        catalogue,
+        deadline_seconds=config.sidecar_deadline_seconds,
+        scores_in_process=config.scoring == "in_process",
+        features=features,
+        shadow_features=shadow_features,
+    )
 
 
 def describe_model(config: WorkerConfig, decoder: Decoder) -> api.Model:
