@@ -1,10 +1,10 @@
 """The engine thread: it alone touches the decoder, and decides whose turn it is.
 
 Work comes as *jobs*: generators that run on the engine thread and yield where others may have a turn. `yield None`
-ends a turn of at most one segment's pass; `logits = yield Decode(state, token_id, policy)` asks to append one token, which
-the engine does for up to 16 states in one batch. Jobs take turns in a circle, so one stream's backlog of a thousand
-segments delays another's single segment by one pass. While both segments and decode steps wait, each kind gets half of
-the time.
+ends a turn of at most one segment's pass; `logits = yield Decode(state, token_id, policy)` asks to append one token,
+which the engine does for up to 16 states in one batch. Jobs take turns in a circle, so one stream's backlog of a
+thousand segments delays another's single segment by one pass. While both segments and decode steps wait, each kind gets
+half of the time.
 """
 
 import asyncio

@@ -18,7 +18,7 @@ RESIDENT_BYTES = Gauge("eunoe_worker_resident_bytes", "Bytes of memory states, d
 FALLBACKS = Counter("eunoe_worker_eviction_fallbacks", "Evictions decided without the policy in charge", ["reason"])
 UNANSWERED_CHOICES = Counter(
     "eunoe_worker_unanswered_choices",
-    "Segments that kept their stream's policy because the sidecar said none",
+    "Segments whose policy stayed because the sidecar chose none",
     ["reason"],
 )
 UNRECORDED_EVICTIONS = Counter("eunoe_worker_unrecorded_evictions", "Evictions that the audit log will not have")

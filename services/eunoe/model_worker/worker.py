@@ -102,7 +102,7 @@ class ModelWorker:
             tokenizer=tokenizer,
             policy=catalogue.default,
             catalogue=catalogue,
-            sidecar=sidecar_of(config, catalogue),
+            sidecar=self._sidecar_beside(catalogue),
             checkpoints=Checkpoints(store, self._engine, decoder),
             admission=Admission(self.ledger, self._drop_idle),
         )
@@ -271,6 +271,23 @@ class ModelWorker:
         metrics.OWNED_STREAMS.set(len(self.streams))
         metrics.DROPPED_STREAMS.labels(error.reason() if isinstance(error, EunoeError) else "FAILED").inc()
 
+    def _sidecar_beside(self, catalogue: PolicyCatalogue) -> Sidecar | None:
+        config = self.config
+        if config.sidecar_address is None:
+            return None
+        main, shadow = (
+            PayloadWriter(config.payload_dir, f"{self.incarnation}-{part}") if config.payload_dir is not None else None
+            for part in ("main", "shadow")
+        )
+        return Sidecar(
+            EvictionSidecarClient(config.sidecar_address, config.sidecar_deadline_seconds),
+            catalogue,
+            deadline_seconds=config.sidecar_deadline_seconds,
+            scores_in_process=config.scoring == "in_process",
+            features=main,
+            shadow_features=shadow,
+        )
+
     async def _probe(self) -> None:
         """A tiny inference: that the decoder answers at all."""
         parts = self.parts
@@ -295,24 +312,6 @@ class ModelWorker:
             await asyncio.sleep(_IDLE_PROBE_SECONDS)
             if self._engine.is_idle:
                 await self._probe()
-
-
-def sidecar_of(config: WorkerConfig, catalogue: PolicyCatalogue) -> Sidecar | None:
-    """What the worker asks about evictions; None if it is to ask nobody."""
-    if config.sidecar_address is None:
-        return None
-    features, shadow_features = (
-        PayloadWriter(config.payload_dir, f"{os.getpid()}-{name}") if config.payload_dir is not None else None
-        for name in ("features", "shadow")
-    )
-    return Sidecar(
-        EvictionSidecarClient(config.sidecar_address, config.sidecar_deadline_seconds),
-        catalogue,
-        deadline_seconds=config.sidecar_deadline_seconds,
-        scores_in_process=config.scoring == "in_process",
-        features=features,
-        shadow_features=shadow_features,
-    )
 
 
 def describe_model(config: WorkerConfig, decoder: Decoder) -> api.Model:
