@@ -102,9 +102,8 @@ class SegmentPolicy(CopyPolicy):
 
 def dropped_runs(positions_LHS: torch.Tensor, kept_LHS: torch.Tensor) -> Iterator[pb.PositionRun]:
     """Runs of positions that some head had, and that none has any more."""
-    before = np.unique(positions_LHS.numpy())
-    after = np.unique(positions_LHS.gather(2, kept_LHS).numpy())
-    dropped = np.setdiff1d(before, after, assume_unique=True).astype(np.int64)
+    is_kept_LHS = torch.zeros(positions_LHS.shape, dtype=torch.bool).scatter_(2, kept_LHS, True)
+    dropped = np.setdiff1d(positions_LHS[~is_kept_LHS].numpy(), positions_LHS[is_kept_LHS].numpy())
     # A run ends where the next position is not the next number.
     bounds = [0, *(np.flatnonzero(np.diff(dropped) != 1) + 1).tolist(), len(dropped)]
     for start, end in pairwise(bounds):

@@ -31,6 +31,9 @@ from eunoe.runtime.failpoints import failpoint
 # Bytes tokenized at a time: a few segments, so that a turn stays short and milestones pass often.
 FEED_BYTES = 8 * 1024
 
+# The state store takes 1,024.
+_MAX_DECISIONS = 1000
+
 _KINDS: dict[int, RecordKind] = {
     api.RECORD_KIND_UNSPECIFIED: "text",
     api.RECORD_KIND_TEXT: "text",
@@ -235,6 +238,9 @@ class StreamFold:
         last = self._decisions[-1] if self._decisions else None
         if last is None or (last.policy, last.numerics_id) != (policy, numerics_id):
             self._decisions.append(pb.DecisionRun(first_segment=segment, policy=policy, numerics_id=numerics_id))
+            # Of a sidecar that comes and goes for weeks a manifest has no room to tell. Those of the segments between
+            # the retained checkpoints are always among the newest.
+            del self._decisions[:-_MAX_DECISIONS]
 
     def _pass_milestones(self) -> None:
         with self._lock:

@@ -1,0 +1,26 @@
+"""What is recorded of an eviction."""
+
+from itertools import pairwise
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from eunoe.model_worker.evictions import dropped_runs
+
+
+@given(st.integers(1, 40), st.data())
+def test_dropped_runs_are_the_positions_that_no_head_keeps_any_more(num_slots: int, data: st.DataObject) -> None:
+    heads = [data.draw(st.sets(st.integers(0, 60), min_size=num_slots, max_size=num_slots)) for _ in range(6)]
+    num_kept = data.draw(st.integers(1, num_slots))
+    slots = st.sets(st.integers(0, num_slots - 1), min_size=num_kept, max_size=num_kept)
+    kept = [sorted(data.draw(slots)) for _ in heads]
+    positions_LHS = torch.tensor([sorted(head) for head in heads], dtype=torch.int32).view(2, 3, -1)
+    kept_LHS = torch.tensor(kept).view(2, 3, -1)
+
+    runs = [(run.first, run.last) for run in dropped_runs(positions_LHS, kept_LHS)]
+
+    after = set(positions_LHS.gather(2, kept_LHS).flatten().tolist())
+    expected = set(positions_LHS.flatten().tolist()) - after
+    assert {position for first, last in runs for position in range(first, last + 1)} == expected
+    assert all(after_last + 1 < first for (_, after_last), (first, _) in pairwise(runs))
