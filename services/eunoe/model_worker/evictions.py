@@ -1,7 +1,7 @@
 """Who decides which slots of a stream stay: one policy, or what the eviction sidecar says, segment by segment."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -9,8 +9,9 @@ import torch
 
 from eunoe.eviction import EvictionPolicy, ScoringPolicy, Statistics, Window
 from eunoe.eviction.catalogue import Choice
-from eunoe.eviction.fallback import Fallback
+from eunoe.eviction.fallback import Fallback, decided_by, policy_in_charge
 from eunoe.internal.v1 import eviction_sidecar_pb2 as pb
+from eunoe.internal.v1.state_store_pb2 import DecisionRun
 from eunoe.model_worker import metrics
 from eunoe.model_worker.sidecar import NoScores, Sidecar
 
@@ -22,15 +23,25 @@ class StreamEvictions:
         stream: Full resource name.
         policy: In charge until the sidecar says another; for good if there is none.
         sidecar: Of the worker.
+        recorded: What segments are folded with that were folded before: a policy by the segment's index, or None.
     """
 
-    def __init__(self, stream: str, policy: EvictionPolicy, sidecar: Sidecar | None) -> None:
+    def __init__(
+        self,
+        stream: str,
+        policy: EvictionPolicy,
+        sidecar: Sidecar | None,
+        recorded: Callable[[int], EvictionPolicy | None] = lambda segment: None,
+    ) -> None:
         self._stream = stream
         self._policy = policy
         self._sidecar = sidecar
+        self._recorded = recorded
 
     def choose(self, segment: int) -> EvictionPolicy:
         """The policy of the segment of that index; on the engine thread. Its name is what decided, after the pass."""
+        if (recorded := self._recorded(segment)) is not None:
+            return recorded
         if self._sidecar is None:
             return self._policy
         choice = self._sidecar.choose(self._stream, self._policy)
@@ -98,6 +109,18 @@ class SegmentPolicy(CopyPolicy):
         eviction.dropped.extend(dropped_runs(window.positions_LHS, kept_LHS))
         self._sidecar.record(eviction)
         return kept_LHS
+
+
+def recorded_policy(
+    segment: int, decisions: Sequence[DecisionRun], num_segments: int, policies: Mapping[str, EvictionPolicy]
+) -> EvictionPolicy | None:
+    """What decided in one of the first `num_segments` segments; None if that is not recorded, or not here."""
+    if segment >= num_segments:
+        return None
+    runs = [run for run in decisions if run.first_segment <= segment]
+    if not runs or policy_in_charge(runs[-1].policy) not in policies:
+        return None
+    return decided_by(runs[-1].policy, policies)
 
 
 def dropped_runs(positions_LHS: torch.Tensor, kept_LHS: torch.Tensor) -> Iterator[pb.PositionRun]:

@@ -23,7 +23,7 @@ from eunoe.model_worker import metrics
 from eunoe.model_worker.checkpoints import Checkpoints
 from eunoe.model_worker.config import WorkerConfig
 from eunoe.model_worker.engine import Engine
-from eunoe.model_worker.evictions import StreamEvictions
+from eunoe.model_worker.evictions import StreamEvictions, recorded_policy
 from eunoe.model_worker.fold import EphemeralCopy, StreamFold
 from eunoe.model_worker.memory import Admission
 from eunoe.model_worker.sidecar import Sidecar
@@ -337,11 +337,17 @@ class OwnedStream:
         return await parts.engine.call(lambda: parts.decoder.new_state(self.settings, parts.policy))
 
     def _new_fold(self, state: MemoryState) -> StreamFold:
-        parts, manifest = self._parts, self._record.manifest
+        parts, record, manifest = self._parts, self._record, self._record.manifest
         policy = parts.policy
         if parts.sidecar is not None and manifest.decisions:
             policy = parts.sidecar.named(policy_in_charge(manifest.decisions[-1].policy), policy)
-        self._evictions = StreamEvictions(self.name, policy, parts.sidecar)
+        num_recorded = record.recorded_tokens // self.settings.segment_length
+        self._evictions = StreamEvictions(
+            self.name,
+            policy,
+            parts.sidecar,
+            lambda segment: recorded_policy(segment, record.recorded_decisions, num_recorded, parts.catalogue.policies),
+        )
         fold = StreamFold(
             parts.decoder,
             parts.tokenizer,
