@@ -191,7 +191,8 @@ async def test_evictions_are_lines_of_files_that_are_rotated(sidecar: Sidecar) -
                 policy="fallback:late:namm/1/x",
                 num_slots_before=1536,
                 num_slots_after=1024,
-                dropped=[pb.PositionRun(first=4, last=9), pb.PositionRun(first=11, last=11)],
+                dropped_first=[4, 11],
+                dropped_last=[9, 11],
                 time_ns=1_500_000_000_123_456_789,
             )
         )

@@ -31,7 +31,7 @@ class EvictionSidecarClient:
         self._deadline_seconds = deadline_seconds
         self._under_way: set[Any] = set()
         self._comparison: Any = None
-        self._lock = threading.Lock()
+        self._has_ended = threading.Condition()
 
     def choose_policy(self, stream: str) -> pb.ChoosePolicyResponse:
         """Which policy decides for the stream, by its full name."""
@@ -60,15 +60,20 @@ class EvictionSidecarClient:
         """Have policies compared, some time; whatever becomes of it."""
         self._comparison = self._stub.ComparePolicies.future(request, timeout=_RECORD_SECONDS)
 
-    def record_eviction(self, request: pb.RecordEvictionRequest) -> bool:
-        """Have an eviction recorded, as soon as the sidecar is there; False if too many others wait for it."""
-        with self._lock:
+    def record_eviction(self, request: pb.RecordEvictionRequest, on_lost: Callable[[], None]) -> None:
+        """Have an eviction recorded as soon as the sidecar is there; any thread calls `on_lost` if it cannot be."""
+        with self._has_ended:
             if len(self._under_way) >= _MAX_RECORDS_UNDER_WAY:
-                return False
+                on_lost()
+                return
             call = self._stub.RecordEviction.future(request, timeout=_RECORD_SECONDS, wait_for_ready=True)
             self._under_way.add(call)
-        call.add_done_callback(self._forget)
-        return True
+        call.add_done_callback(lambda call: self._note_end(call, on_lost))
+
+    def flush(self, timeout_seconds: float) -> None:
+        """Wait until no eviction is on its way to be recorded, but no longer than that."""
+        with self._has_ended:
+            self._has_ended.wait_for(lambda: not self._under_way, timeout_seconds)
 
     def close(self) -> None:
         """End all calls."""
@@ -80,6 +85,9 @@ class EvictionSidecarClient:
         except grpc.RpcError as error:
             raise from_rpc_error(error) from error
 
-    def _forget(self, call: Any) -> None:
-        with self._lock:
+    def _note_end(self, call: Any, on_lost: Callable[[], None]) -> None:
+        if call.code() is not grpc.StatusCode.OK:
+            on_lost()
+        with self._has_ended:
             self._under_way.discard(call)
+            self._has_ended.notify_all()

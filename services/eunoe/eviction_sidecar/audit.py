@@ -42,7 +42,7 @@ class AuditLog:
                 "policy": eviction.policy,
                 "slots_before": eviction.num_slots_before,
                 "slots_after": eviction.num_slots_after,
-                "dropped": [[run.first, run.last] for run in eviction.dropped],
+                "dropped": [*zip(eviction.dropped_first, eviction.dropped_last, strict=True)],
             },
             separators=(",", ":"),
         )

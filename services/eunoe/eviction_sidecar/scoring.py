@@ -11,8 +11,8 @@ from typing import TypeVar
 import torch
 
 from eunoe.eviction import EvictionPolicy, ScoringPolicy
-from eunoe.eviction.catalogue import PolicyCatalogue
 from eunoe.eviction.policy import score, scoring_numerics
+from eunoe.eviction.policy_files import PolicyFiles
 from eunoe.eviction.tensor_payload import from_message, to_message
 from eunoe.eviction_sidecar import metrics
 from eunoe.internal.v1 import eviction_sidecar_pb2 as pb
@@ -29,15 +29,15 @@ class _Shape:
 
 
 class Scoring:
-    """Scores and compares with the policies of a catalogue.
+    """Scores and compares.
 
     Args:
-        catalogue: Where policies come from.
+        files: Where policies come from.
         payload_dir: Where large tensors come from and go to.
     """
 
-    def __init__(self, catalogue: PolicyCatalogue, payload_dir: Path | None) -> None:
-        self._catalogue = catalogue
+    def __init__(self, files: PolicyFiles, payload_dir: Path | None) -> None:
+        self._files = files
         self._payload_dir = payload_dir
         self._thread = ThreadPoolExecutor(1, "scoring", initializer=torch.set_num_threads, initargs=(1,))
         self._num_calls = 0
@@ -97,7 +97,7 @@ class Scoring:
         return pb.ComparePoliciesResponse(num_kept=num_kept, num_agreed=num_agreed)
 
     def _policy(self, name: str) -> ScoringPolicy:
-        policy: EvictionPolicy | None = self._catalogue.policies.get(name)
+        policy: EvictionPolicy | None = self._files.by_name.get(name)
         if policy is None:
             raise PolicyNotFound(f"there is no policy {name!r} here")
         if not isinstance(policy, ScoringPolicy):

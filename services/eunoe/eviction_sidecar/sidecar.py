@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 import grpc
 
 from eunoe.eviction.catalogue import PolicyCatalogue
+from eunoe.eviction.policy_files import PolicyFiles
 from eunoe.eviction_sidecar import metrics
 from eunoe.eviction_sidecar.audit import AuditLog
 from eunoe.eviction_sidecar.config import EvictionSidecarConfig
@@ -26,8 +27,8 @@ async def running_sidecar(config: EvictionSidecarConfig) -> AsyncIterator[GrpcSe
     Raises:
         ValueError: If the policies or rules are broken.
     """
-    catalogue = await asyncio.to_thread(PolicyCatalogue, config.policies_dir, config.policy)
-    scoring = Scoring(catalogue, config.payload_dir)
+    catalogue = PolicyCatalogue(await asyncio.to_thread(PolicyFiles, config.policies_dir), config.policy)
+    scoring = Scoring(catalogue.files, config.payload_dir)
     audit = None
     if config.audit_file is not None:
         audit = AuditLog(config.audit_file, config.audit_file_bytes, config.num_audit_files)

@@ -1,8 +1,7 @@
 """Who decides which slots of a stream stay: one policy, or what the eviction sidecar says, segment by segment."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import pairwise
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -98,15 +97,17 @@ class SegmentPolicy(CopyPolicy):
         kept_LHS = super().keep(window, budget)
         if self._shadow is not None and not isinstance(self._decided, Fallback):
             self._sidecar.compare(self.name, kept_LHS, self._shadow, window, budget)
+        dropped_first, dropped_last = dropped_runs(window.positions_LHS, kept_LHS)
         eviction = pb.RecordEvictionRequest(
             stream=self._stream,
             segment=self._segment,
             policy=self.name,
             num_slots_before=window.num_slots,
             num_slots_after=kept_LHS.shape[2],
+            dropped_first=dropped_first.tolist(),
+            dropped_last=dropped_last.tolist(),
             time_ns=time.time_ns(),
         )
-        eviction.dropped.extend(dropped_runs(window.positions_LHS, kept_LHS))
         self._sidecar.record(eviction)
         return kept_LHS
 
@@ -123,12 +124,9 @@ def recorded_policy(
     return decided_by(runs[-1].policy, policies)
 
 
-def dropped_runs(positions_LHS: torch.Tensor, kept_LHS: torch.Tensor) -> Iterator[pb.PositionRun]:
-    """Runs of positions that some head had, and that none has any more."""
+def dropped_runs(positions_LHS: torch.Tensor, kept_LHS: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """First and last ones of the runs of positions that some head had, and that none has any more; ascending."""
     is_kept_LHS = torch.zeros(positions_LHS.shape, dtype=torch.bool).scatter_(2, kept_LHS, True)
     dropped = np.setdiff1d(positions_LHS[~is_kept_LHS].numpy(), positions_LHS[is_kept_LHS].numpy())
-    # A run ends where the next position is not the next number.
-    bounds = [0, *(np.flatnonzero(np.diff(dropped) != 1) + 1).tolist(), len(dropped)]
-    for start, end in pairwise(bounds):
-        if start < end:
-            yield pb.PositionRun(first=int(dropped[start]), last=int(dropped[end - 1]))
+    # No position is the next of -2, or the one before it.
+    return dropped[np.diff(dropped, prepend=-2) != 1], dropped[np.diff(dropped, append=-2) != 1]

@@ -15,8 +15,9 @@ import torch
 
 from eunoe.clients.eviction_sidecar import EvictionSidecarClient
 from eunoe.eviction import EvictionPolicy, ScoringPolicy
-from eunoe.eviction.catalogue import Choice, PolicyCatalogue
+from eunoe.eviction.catalogue import Choice
 from eunoe.eviction.policy import Window, score, scoring_numerics
+from eunoe.eviction.policy_files import PolicyFiles
 from eunoe.eviction.tensor_payload import from_message, to_message
 from eunoe.internal.v1 import eviction_sidecar_pb2 as pb
 from eunoe.model_worker import metrics
@@ -45,7 +46,7 @@ class Sidecar:
 
     Args:
         client: Calls it.
-        catalogue: The policies that are here: features and statistics come from them.
+        files: The policies that are here: features and statistics come from them.
         deadline_seconds: The client's.
         scores_in_process: Have policies score here; the sidecar chooses, compares and records all the same.
         features, shadow_features: Where large features are written; None sends them in messages.
@@ -54,7 +55,7 @@ class Sidecar:
     def __init__(
         self,
         client: EvictionSidecarClient,
-        catalogue: PolicyCatalogue,
+        files: PolicyFiles,
         *,
         deadline_seconds: float,
         scores_in_process: bool,
@@ -62,21 +63,12 @@ class Sidecar:
         shadow_features: PayloadWriter | None,
     ) -> None:
         self._client = client
-        self._catalogue = catalogue
+        self._files = files
         self._rest_seconds = _REST_DEADLINES * deadline_seconds
         self._rests_until = 0.0
         self._scores_in_process = scores_in_process
         self._features = features
         self._shadow_features = shadow_features
-
-    @property
-    def largest_policy(self) -> EvictionPolicy:
-        """What admission has to expect."""
-        return self._catalogue.largest
-
-    def named(self, policy: str, default: EvictionPolicy) -> EvictionPolicy:
-        """The policy of that name if it is here."""
-        return self._catalogue.policies.get(policy, default)
 
     def choose(self, stream: str, present: EvictionPolicy) -> Choice:
         """What decides for a stream from now on: what the sidecar says, the present policy if it says nothing."""
@@ -122,8 +114,11 @@ class Sidecar:
 
     def record(self, eviction: pb.RecordEvictionRequest) -> None:
         """Have an eviction recorded; waits for nothing."""
-        if not self._client.record_eviction(eviction):
-            metrics.UNRECORDED_EVICTIONS.inc()
+        self._client.record_eviction(eviction, on_lost=metrics.UNRECORDED_EVICTIONS.inc)
+
+    def flush(self, timeout_seconds: float) -> None:
+        """Wait until all evictions are recorded, but no longer than that."""
+        self._client.flush(timeout_seconds)
 
     def close(self) -> None:
         """End all calls."""
@@ -160,9 +155,9 @@ class Sidecar:
             raise NoScores(_REASONS.get(type(error), "refused")) from error
 
     def _found(self, name: str) -> EvictionPolicy:
-        policy = self._catalogue.policies.get(name)
-        if policy is None and self._catalogue.refresh():
-            policy = self._catalogue.policies.get(name)
+        policy = self._files.by_name.get(name)
+        if policy is None and self._files.refresh():
+            policy = self._files.by_name.get(name)
         if policy is None:
             logger.error("the sidecar chose a policy that is not here", extra={"policy": name})
             raise NoScores("unknown-policy")

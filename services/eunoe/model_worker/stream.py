@@ -15,9 +15,9 @@ from eunoe.clients.state_store import StateStoreClient
 from eunoe.decoder.decoder import Decoder
 from eunoe.decoder.memory_state import MemorySettings, MemoryState
 from eunoe.decoder.tokenizer import Tokenizer
-from eunoe.eviction.catalogue import PolicyCatalogue
 from eunoe.eviction.fallback import policy_in_charge
 from eunoe.eviction.policy import EvictionPolicy
+from eunoe.eviction.policy_files import PolicyFiles
 from eunoe.internal.v1 import state_store_pb2 as pb
 from eunoe.model_worker import metrics
 from eunoe.model_worker.checkpoints import Checkpoints
@@ -61,7 +61,7 @@ class WorkerParts:
     tokenizer: Tokenizer
     policy: EvictionPolicy
     """Evicts where no sidecar says otherwise."""
-    catalogue: PolicyCatalogue
+    policies: PolicyFiles
     sidecar: Sidecar | None
     checkpoints: Checkpoints
     admission: Admission
@@ -164,7 +164,7 @@ class OwnedStream:
                 return self._fold
             parts = self._parts
             with self.in_use():
-                largest = parts.policy if parts.sidecar is None else parts.sidecar.largest_policy
+                largest = parts.policy if parts.sidecar is None else parts.policies.largest
                 size = await parts.engine.call(lambda: parts.decoder.new_state(self.settings, largest).resident_bytes)
                 await parts.admission.reserve(size)
                 self._reserved_bytes = size
@@ -340,13 +340,13 @@ class OwnedStream:
         parts, record, manifest = self._parts, self._record, self._record.manifest
         policy = parts.policy
         if parts.sidecar is not None and manifest.decisions:
-            policy = parts.sidecar.named(policy_in_charge(manifest.decisions[-1].policy), policy)
+            policy = parts.policies.by_name.get(policy_in_charge(manifest.decisions[-1].policy), policy)
         num_recorded = record.recorded_tokens // self.settings.segment_length
         self._evictions = StreamEvictions(
             self.name,
             policy,
             parts.sidecar,
-            lambda segment: recorded_policy(segment, record.recorded_decisions, num_recorded, parts.catalogue.policies),
+            lambda segment: recorded_policy(segment, record.recorded_decisions, num_recorded, parts.policies.by_name),
         )
         fold = StreamFold(
             parts.decoder,

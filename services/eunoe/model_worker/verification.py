@@ -128,12 +128,12 @@ class _Attempt:
         start = pb.Manifest() if begins_empty else checkpoints[0]
         summary.from_offset, summary.to_offset = start.applied_offset, checkpoints[-1].applied_offset
         settings = memory_settings(stream.settings)
-        size = await parts.engine.call(lambda: parts.decoder.new_state(settings).resident_bytes)
+        size = await parts.engine.call(lambda: parts.decoder.new_state(settings, parts.policies.largest).resident_bytes)
         await parts.admission.reserve(size)
         try:
             state = await self._load_all(list(checkpoints), settings)
-            await asyncio.to_thread(parts.catalogue.refresh)
-            recorded = Recorded(start, checkpoints, settings.segment_length, parts.catalogue.policies)
+            await asyncio.to_thread(parts.policies.refresh)
+            recorded = Recorded(start, checkpoints, settings.segment_length, parts.policies.by_name)
             if missing := recorded.missing(parts.decoder):
                 summary.verdict = api.VERDICT_UNVERIFIABLE
                 summary.missing.extend(missing)

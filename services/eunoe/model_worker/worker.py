@@ -17,7 +17,7 @@ from eunoe.clients.state_store import StateStoreClient
 from eunoe.decoder.decoder import Decoder
 from eunoe.decoder.memory_state import MemorySettings
 from eunoe.decoder.tokenizer import Tokenizer
-from eunoe.eviction.catalogue import PolicyCatalogue
+from eunoe.eviction.policy_files import PolicyFiles
 from eunoe.internal.v1 import model_worker_pb2, model_worker_pb2_grpc
 from eunoe.internal.v1 import state_store_pb2 as pb
 from eunoe.model_worker import metrics
@@ -45,6 +45,7 @@ logger = logging.getLogger(__name__)
 _SERVICE = model_worker_pb2.DESCRIPTOR.services_by_name["ModelWorkerService"].full_name
 _IDLE_PROBE_SECONDS = 5.0
 _HEALTH_SECONDS = 1.0
+_FLUSH_SECONDS = 1.0
 
 
 class ModelWorker:
@@ -91,7 +92,8 @@ class ModelWorker:
         config = self.config
         self._channel = open_channel(config.state_store_address)
         store = StateStoreClient(self._channel)
-        catalogue = await asyncio.to_thread(PolicyCatalogue, config.policies_dir, config.policy)
+        policies = await asyncio.to_thread(PolicyFiles, config.policies_dir)
+        policy = policies.named(config.policy)
         decoder = await self._engine.start()
         tokenizer = await asyncio.to_thread(Tokenizer.load, config.model_path)
         self.parts = WorkerParts(
@@ -100,9 +102,9 @@ class ModelWorker:
             engine=self._engine,
             decoder=decoder,
             tokenizer=tokenizer,
-            policy=catalogue.default,
-            catalogue=catalogue,
-            sidecar=self._sidecar_beside(catalogue),
+            policy=policy,
+            policies=policies,
+            sidecar=self._sidecar_beside(policies),
             checkpoints=Checkpoints(store, self._engine, decoder),
             admission=Admission(self.ledger, self._drop_idle),
         )
@@ -205,6 +207,8 @@ class ModelWorker:
         # Last: whoever leaves the directory counts as dead, and its streams may be taken.
         await _cancel([renewal])
         await self._ownership.leave()
+        if self.parts.sidecar is not None:
+            await asyncio.to_thread(self.parts.sidecar.flush, _FLUSH_SECONDS)
         await self.stop()
 
     async def stop(self) -> None:
@@ -271,7 +275,7 @@ class ModelWorker:
         metrics.OWNED_STREAMS.set(len(self.streams))
         metrics.DROPPED_STREAMS.labels(error.reason() if isinstance(error, EunoeError) else "FAILED").inc()
 
-    def _sidecar_beside(self, catalogue: PolicyCatalogue) -> Sidecar | None:
+    def _sidecar_beside(self, policies: PolicyFiles) -> Sidecar | None:
         config = self.config
         if config.sidecar_address is None:
             return None
@@ -281,7 +285,7 @@ class ModelWorker:
         )
         return Sidecar(
             EvictionSidecarClient(config.sidecar_address, config.sidecar_deadline_seconds),
-            catalogue,
+            policies,
             deadline_seconds=config.sidecar_deadline_seconds,
             scores_in_process=config.scoring == "in_process",
             features=main,

@@ -21,7 +21,7 @@ def test_dropped_runs_are_the_positions_that_no_head_keeps_any_more(num_slots: i
     positions_LHS = torch.tensor([sorted(head) for head in heads], dtype=torch.int32).view(2, 3, -1)
     kept_LHS = torch.tensor(kept).view(2, 3, -1)
 
-    runs = [(run.first, run.last) for run in dropped_runs(positions_LHS, kept_LHS)]
+    runs = [*zip(*map(list, dropped_runs(positions_LHS, kept_LHS)), strict=True)]
 
     after = set(positions_LHS.gather(2, kept_LHS).flatten().tolist())
     expected = set(positions_LHS.flatten().tolist()) - after
