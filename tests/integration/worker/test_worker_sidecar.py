@@ -201,7 +201,7 @@ async def test_a_stream_goes_on_without_a_killed_sidecar_and_comes_back_to_its_p
 async def test_a_sidecar_that_hangs_costs_one_deadline_and_then_none_for_a_while(
     platform: Any, installation: Installation, sidecar_process: SidecarProcess, make_text: Text
 ) -> None:
-    worker = await platform.worker(**installation.worker_settings, sidecar_deadline_seconds=0.3)
+    worker = await platform.worker(**installation.worker_settings)
     name, namm = await platform.stream(retain_log=True), a_namm(0).name
     await fold(platform, worker, name, make_text(600, 0))
 
@@ -216,7 +216,10 @@ async def test_a_sidecar_that_hangs_costs_one_deadline_and_then_none_for_a_while
         await asyncio.sleep(0.1)
 
     assert policies_of(without) == [namm, f"fallback:late:{namm}"]
-    assert 0.3 <= seconds < 3.0
+    # Each of more than ten segments asks twice: of all these calls one alone may run into the deadline.
+    assert 0.5 <= seconds < 5.0
+    num_segments = (without.manifest.tokens - without.manifest.decisions[1].first_segment * 16) // 16
+    assert num_segments > 10
     assert policies_of(record) == [namm, f"fallback:late:{namm}", namm]
     assert (await platform.verify(worker, name)).verdict == api.VERDICT_VERIFIED
 
