@@ -150,7 +150,8 @@ def test_up_on_a_running_platform_says_so(eunoe: Run, platform: Platform) -> Non
     status = eunoe("status", "--json")
     assert status.code == 0
     assert status.json["is_running"]
-    assert [process["name"] for process in status.json["processes"]] == ["redis", "state_store", "ray_host", "gateway"]
+    names = [process["name"] for process in status.json["processes"]]
+    assert names == ["redis", "state_store", "eviction_sidecar", "ray_host", "gateway"]
 
 
 @pytest.mark.parametrize(

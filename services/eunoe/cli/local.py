@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 # compares them.
 DEFAULT_MODEL = "smollm2-135m-instruct"
 DEFAULT_PORT = 8400
+DEFAULT_POLICY = "sinks-recent/1"
 
 _MEBIBYTE = 1024 * 1024
 
@@ -30,6 +31,9 @@ def up(
         int | None, typer.Option(min=1, help="MiB of resident memory states, most of each worker.")
     ] = None,
     require_key: Annotated[bool, typer.Option("--require-key", help="Refuse calls without an API key.")] = False,
+    policy: Annotated[
+        str, typer.Option(help="Which cached tokens stay: a policy's name, or that of a file in ~/.eunoe/policies.")
+    ] = DEFAULT_POLICY,
     json_output: JsonOption = False,
 ) -> None:
     """Start the whole platform on this machine, on loopback."""
@@ -42,6 +46,7 @@ def up(
         port=port,
         memory_limit_bytes=None if memory_limit is None else memory_limit * _MEBIBYTE,
         requires_key=require_key,
+        policy=policy,
         on_step=_show_step,
     )
     was_running = False

@@ -125,13 +125,18 @@ class Decoder:
             return None
         return parts[0][0] if logits == "last" else torch.cat(parts)
 
-    def decode(self, states: Sequence[MemoryState], token_ids: Sequence[int], policy: EvictionPolicy) -> torch.Tensor:
+    def decode(
+        self,
+        states: Sequence[MemoryState],
+        token_ids: Sequence[int],
+        policy: EvictionPolicy | Sequence[EvictionPolicy],
+    ) -> torch.Tensor:
         """Fold one token into each of several states and return what follows, float32 [len(states), vocab_size].
 
         Args:
             states: 1 to 16 different states, changed in place.
             token_ids: One for each state.
-            policy: As in `prefill`.
+            policy: As in `prefill`; for all states, or one for each.
 
         Raises:
             ValueError: If there are no or too many states, one comes twice, or a token id is outside the vocabulary.
@@ -139,11 +144,12 @@ class Decoder:
         num_streams = len(states)
         if not 1 <= num_streams <= MAX_STREAMS or len({id(state) for state in states}) < num_streams:
             raise ValueError(f"a decode step takes 1 to {MAX_STREAMS} different states, not {num_streams}")
-        if len(token_ids) != num_streams:
-            raise ValueError(f"{len(token_ids)} tokens for {num_streams} states")
+        policies = policy if isinstance(policy, Sequence) else [policy] * num_streams
+        if not len(token_ids) == len(policies) == num_streams:
+            raise ValueError(f"{len(token_ids)} tokens and {len(policies)} policies for {num_streams} states")
         ids = self._checked(token_ids)
-        for state in states:
-            state.use_statistics(policy.statistics)
+        for state, each in zip(states, policies, strict=True):
+            state.use_statistics(each.statistics)
             state.clear_statistics(1)
             state.rotate_pending(self._rotary)
         cos, sin = self._rotary.rows(torch.tensor([state.next_position for state in states]))
@@ -154,10 +160,10 @@ class Decoder:
             for state in states
         ]
         logits = self._decode_step(ids.tolist(), streams, cos, sin)
-        for state, token_id in zip(states, ids, strict=True):
+        for state, token_id, each in zip(states, ids, policies, strict=True):
             state.append(token_id[None])
             state.num_rotated = state.num_slots
-            _evict_at_boundary(state, policy)
+            _evict_at_boundary(state, each)
         return logits
 
     def _checked(self, token_ids: npt.ArrayLike) -> torch.Tensor:

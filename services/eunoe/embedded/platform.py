@@ -18,12 +18,14 @@ from eunoe.embedded.models import DEFAULT_MODEL, resolve_model
 from eunoe.embedded.processes import ProcessRecord, free_ports, is_alive, last_lines, start_process, stop_process
 from eunoe.embedded.ray_host import RayHostConfig
 from eunoe.embedded.redis_server import answers_ping, redis_command
+from eunoe.eviction_sidecar.config import EvictionSidecarConfig
 from eunoe.runtime.config import to_env
 
 DEFAULT_PORT = 8400
+DEFAULT_POLICY = "sinks-recent/1"
 
 # In the order of starting. Each is stopped before what it needs; Ray's grace covers the drain of its workers.
-_GRACE_SECONDS = {"redis": 10.0, "state_store": 10.0, "ray_host": 60.0, "gateway": 15.0}
+_GRACE_SECONDS = {"redis": 10.0, "state_store": 10.0, "eviction_sidecar": 5.0, "ray_host": 60.0, "gateway": 15.0}
 _POLL_SECONDS = 0.05
 
 
@@ -50,6 +52,7 @@ class Platform:
         port: The gateway's; 0 picks a free one.
         memory_limit_bytes: Most bytes of resident memory states of a worker; None leaves the worker's default.
         requires_key: Refuse calls without an API key.
+        policy: Evicts where the rules in the home's `policies` say nothing: a name, or the stem of a file there.
         on_step: Told what is being waited for.
     """
 
@@ -63,6 +66,7 @@ class Platform:
         port: int = 0,
         memory_limit_bytes: int | None = None,
         requires_key: bool = False,
+        policy: str = DEFAULT_POLICY,
         on_step: Callable[[str], None] = lambda step: None,
     ) -> None:
         if workers < 1 or threads < 1:
@@ -74,6 +78,7 @@ class Platform:
         self._port = port
         self._memory_limit_bytes = memory_limit_bytes
         self._requires_key = requires_key
+        self._policy = policy
         self._on_step = on_step
         self._record: PlatformRecord | None = None
 
@@ -164,6 +169,21 @@ class Platform:
         self._wait(state_store, "the state store", 30.0, ready_file.exists)
         self.record.state_store_address = _address_in(ready_file)
 
+        policies_dir, payload_dir = self.home / "policies", _payload_dir(self.record)
+        for directory in (policies_dir, payload_dir):
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        sidecar_ready_file = temp_dir / "eviction_sidecar.json"
+        sidecar_config = EvictionSidecarConfig(
+            listen_address=f"unix:{temp_dir}/sidecar.sock",
+            policies_dir=policies_dir,
+            policy=self._policy,
+            payload_dir=payload_dir,
+            audit_file=self.home / "logs" / "evictions.jsonl",
+            ready_file=sidecar_ready_file,
+        )
+        environment = {**to_env(sidecar_config, "EUNOE_EVICTION_SIDECAR"), "OMP_NUM_THREADS": "1"}
+        sidecar = self._spawn("eviction_sidecar", _module("eunoe.eviction_sidecar"), environment)
+
         serve_grpc_port, serve_http_port = free_ports(2)
         ray_ready_file = temp_dir / "ray_host.json"
         ray_config = RayHostConfig(
@@ -177,6 +197,10 @@ class Platform:
             num_workers=self._num_workers,
             num_threads=self._num_threads,
             memory_limit_bytes=self._memory_limit_bytes,
+            sidecar_address=sidecar_config.listen_address,
+            policies_dir=policies_dir,
+            policy=self._policy,
+            payload_dir=payload_dir,
         )
         ray_host = self._spawn("ray_host", _module("eunoe.embedded.ray_host"), to_env(ray_config, "EUNOE_RAY_HOST"))
 
@@ -192,6 +216,7 @@ class Platform:
         self._wait(gateway, "the gateway", 30.0, ready_file.exists)
         self.record.address = _address_in(ready_file)
 
+        self._wait(sidecar, "the eviction sidecar", 60.0, sidecar_ready_file.exists)
         workers = "a model worker" if self._num_workers == 1 else f"{self._num_workers} model workers"
         self._wait(ray_host, f"Ray with {workers}", 240.0, ray_ready_file.exists)
         self.record.is_ready = True
@@ -240,7 +265,14 @@ def _stop_all(record: PlatformRecord, on_step: Callable[[str], None] = lambda st
     for process in reversed(record.processes):
         on_step(f"stopping {process.name}")
         stop_process(process, grace_seconds=_GRACE_SECONDS[process.name])
-    shutil.rmtree(record.temp_dir, ignore_errors=True)
+    for directory in (Path(record.temp_dir), _payload_dir(record)):
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def _payload_dir(record: PlatformRecord) -> Path:
+    """In memory, where there is such a directory."""
+    temp_dir, shared_memory = Path(record.temp_dir), Path("/dev/shm")
+    return shared_memory / temp_dir.name if shared_memory.is_dir() else temp_dir / "payloads"
 
 
 def _module(name: str) -> list[str]:

@@ -43,6 +43,14 @@ class RayHostConfig:
     """Threads of a worker."""
     memory_limit_bytes: int | None = None
     """Most bytes of resident memory states of a worker; None leaves the worker's default."""
+    sidecar_address: str
+    """unix:path of the eviction sidecar, which chooses policies and scores."""
+    policies_dir: Path
+    """Parameters of policies, the sidecar's too."""
+    policy: str
+    """Evicts until the sidecar says otherwise."""
+    payload_dir: Path
+    """A directory in memory, the sidecar's too."""
 
 
 def main() -> None:
@@ -97,6 +105,11 @@ def main() -> None:
         model_path=config.model_path,
         state_store_address=config.state_store_address,
         num_threads=config.num_threads,
+        scoring="sidecar",
+        sidecar_address=config.sidecar_address,
+        policies_dir=config.policies_dir,
+        policy=config.policy,
+        payload_dir=config.payload_dir,
     )
     if config.memory_limit_bytes is not None:
         worker_config = dataclasses.replace(worker_config, memory_limit_bytes=config.memory_limit_bytes)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from eunoe.eviction.policy import Window
+from eunoe.eviction.policy import Window, WindowShape, keep_by_scores
 from eunoe.eviction.received import AttentionReceived
 from eunoe.eviction.selection import keep_protected
 
@@ -21,15 +21,19 @@ class HeavyHitter:
     name: str = "heavy-hitter/1"
     statistics: AttentionReceived = field(default_factory=AttentionReceived)
 
-    def scores(self, window: Window) -> torch.Tensor:
-        """See `ScoringPolicy`."""
+    def features(self, window: Window) -> torch.Tensor:
+        """See `ScoringPolicy`: the attention received."""
         assert window.statistics_LHSB is not None
-        return self.statistics.unpack(window.statistics_LHSB)
+        return self.statistics.unpack(window.statistics_LHSB)[..., None]
+
+    def scores(self, feature_LHSI: torch.Tensor) -> torch.Tensor:
+        """See `ScoringPolicy`."""
+        return feature_LHSI[..., 0]
 
     def keep(self, window: Window, budget: int) -> torch.Tensor:
         """See `EvictionPolicy.keep`."""
-        return self.keep_scored(self.scores(window), window, budget)
+        return keep_by_scores(self, window, budget)
 
-    def keep_scored(self, scores_LHS: torch.Tensor, window: Window, budget: int) -> torch.Tensor:
+    def keep_scored(self, scores_LHS: torch.Tensor, window: WindowShape, budget: int) -> torch.Tensor:
         """See `ScoringPolicy`."""
         return keep_protected(scores_LHS, window, budget, num_recent_tokens=budget // 2)

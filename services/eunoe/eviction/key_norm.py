@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from eunoe.eviction.policy import Window
+from eunoe.eviction.policy import Window, WindowShape, keep_by_scores
 from eunoe.eviction.selection import keep_protected
 
 
@@ -22,15 +22,19 @@ class KeyNorm:
     num_recent_tokens: int = 64
     """Newest slots that are never evicted, but at most half of the budget."""
 
-    def scores(self, window: Window) -> torch.Tensor:
-        """See `ScoringPolicy`."""
+    def features(self, window: Window) -> torch.Tensor:
+        """See `ScoringPolicy`: the norm."""
         norm_LHS: torch.Tensor = torch.linalg.vector_norm(window.keys_LHSD, dim=-1, dtype=torch.float32)
-        return -norm_LHS
+        return norm_LHS[..., None]
+
+    def scores(self, feature_LHSI: torch.Tensor) -> torch.Tensor:
+        """See `ScoringPolicy`."""
+        return -feature_LHSI[..., 0]
 
     def keep(self, window: Window, budget: int) -> torch.Tensor:
         """See `EvictionPolicy.keep`."""
-        return self.keep_scored(self.scores(window), window, budget)
+        return keep_by_scores(self, window, budget)
 
-    def keep_scored(self, scores_LHS: torch.Tensor, window: Window, budget: int) -> torch.Tensor:
+    def keep_scored(self, scores_LHS: torch.Tensor, window: WindowShape, budget: int) -> torch.Tensor:
         """See `ScoringPolicy`."""
         return keep_protected(scores_LHS, window, budget, self.num_recent_tokens)

@@ -1,19 +1,14 @@
 """What an eviction policy is given and what it answers."""
 
-from typing import Protocol
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol, runtime_checkable
 
 import torch
 
 
-class Window(Protocol):
-    """What a policy sees of a memory state. Slots of a head are in ascending order of position.
-
-    Shape suffixes: L KV source layer, H KV head, S slot (live ones only), D head dim, B byte.
-    """
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of the stream folded so far."""
+class WindowShape(Protocol):
+    """What it takes of a memory state to go from scores to slots."""
 
     @property
     def num_slots(self) -> int:
@@ -22,6 +17,17 @@ class Window(Protocol):
     @property
     def num_sink_tokens(self) -> int:
         """First tokens of the stream that no policy may evict."""
+
+
+class Window(WindowShape, Protocol):
+    """What a policy sees of a memory state. Slots of a head are in ascending order of position.
+
+    Shape suffixes: L KV source layer, H KV head, S slot (live ones only), D head dim, B byte.
+    """
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the stream folded so far."""
 
     @property
     def positions_LHS(self) -> torch.Tensor:
@@ -90,15 +96,48 @@ class EvictionPolicy(Protocol):
         """
 
 
+@runtime_checkable
 class ScoringPolicy(EvictionPolicy, Protocol):
-    """A policy whose choice is a score for each slot: one call for all layers and heads, wherever it runs."""
+    """A policy whose choice is a score for each slot: one call for all layers and heads, wherever it runs.
 
-    def scores(self, window: Window) -> torch.Tensor:
-        """How much each slot is worth keeping, float32 [L, H, S]; higher is kept.
+    Shape suffix I: feature of a slot.
+    """
 
-        A function of `statistics_LHSB` and `positions_LHS` alone, and of keys and values if the policy has no
-        statistics.
-        """
+    def features(self, window: Window) -> torch.Tensor:
+        """What the scores are computed from, float32 [L, H, S, I]; the memory state is not needed beyond it."""
 
-    def keep_scored(self, scores_LHS: torch.Tensor, window: Window, budget: int) -> torch.Tensor:
+    def scores(self, feature_LHSI: torch.Tensor) -> torch.Tensor:
+        """How much each slot is worth keeping, float32 [L, H, S]; higher is kept."""
+
+    def keep_scored(self, scores_LHS: torch.Tensor, window: WindowShape, budget: int) -> torch.Tensor:
         """As `keep`, with the scores given."""
+
+
+def keep_by_scores(policy: ScoringPolicy, window: Window, budget: int) -> torch.Tensor:
+    """What a scoring policy's `keep` is."""
+    return policy.keep_scored(score(policy, policy.features(window)), window, budget)
+
+
+def score(policy: ScoringPolicy, feature_LHSI: torch.Tensor) -> torch.Tensor:
+    """The policy's scores, float32 [L, H, S], with the same bits in every process of a machine."""
+    with _one_thread():
+        return policy.scores(feature_LHSI.contiguous())
+
+
+def scoring_numerics() -> str:
+    """What the last bits of scores depend on, beside the policy."""
+    return f"torch-{torch.__version__}/{torch.backends.cpu.get_cpu_capability().replace(' ', '-')}"
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """The last bits of a product depend on how it is shared out."""
+    num_threads = torch.get_num_threads()
+    if num_threads == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(num_threads)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from eunoe.eviction.policy import Window
+from eunoe.eviction.policy import WindowShape
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,7 @@ def keep_best(scores_LHS: torch.Tensor, num_kept: int) -> torch.Tensor:
     return order[..., scores_LHS.shape[-1] - num_kept :].sort(dim=-1).values
 
 
-def protect(scores_LHS: torch.Tensor, window: Window, budget: int, num_recent_tokens: int) -> torch.Tensor:
+def protect(scores_LHS: torch.Tensor, window: WindowShape, budget: int, num_recent_tokens: int) -> torch.Tensor:
     """The scores with those of sink tokens and the newest slots raised to infinity.
 
     Half of the budget at most is for the newest slots, so that scores count; the very newest always stays.
@@ -50,7 +50,7 @@ def protect(scores_LHS: torch.Tensor, window: Window, budget: int, num_recent_to
     return scores_LHS
 
 
-def keep_protected(scores_LHS: torch.Tensor, window: Window, budget: int, num_recent_tokens: int) -> torch.Tensor:
+def keep_protected(scores_LHS: torch.Tensor, window: WindowShape, budget: int, num_recent_tokens: int) -> torch.Tensor:
     """The `min(budget, num_slots)` slots of each head with the best scores, sinks and the newest ones among them."""
     protected = protect(scores_LHS, window, budget, num_recent_tokens)
     return keep_best(protected, min(budget, window.num_slots))

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F  # noqa: N812
 
-from eunoe.eviction.policy import Window
+from eunoe.eviction.policy import Window, WindowShape, keep_by_scores
 from eunoe.eviction.received import AttentionReceived
 from eunoe.eviction.selection import keep_protected
 
@@ -31,16 +31,19 @@ class SnapKV:
         if self.num_pooled < 1 or not self.num_pooled % 2:
             raise ValueError(f"num_pooled={self.num_pooled} is not odd")
 
-    def scores(self, window: Window) -> torch.Tensor:
-        """See `ScoringPolicy`."""
+    def features(self, window: Window) -> torch.Tensor:
+        """See `ScoringPolicy`: the attention received."""
         assert window.statistics_LHSB is not None
-        received_LHS = self.statistics.unpack(window.statistics_LHSB)
-        return F.avg_pool1d(received_LHS, self.num_pooled, stride=1, padding=self.num_pooled // 2)
+        return self.statistics.unpack(window.statistics_LHSB)[..., None]
+
+    def scores(self, feature_LHSI: torch.Tensor) -> torch.Tensor:
+        """See `ScoringPolicy`."""
+        return F.avg_pool1d(feature_LHSI[..., 0], self.num_pooled, stride=1, padding=self.num_pooled // 2)
 
     def keep(self, window: Window, budget: int) -> torch.Tensor:
         """See `EvictionPolicy.keep`."""
-        return self.keep_scored(self.scores(window), window, budget)
+        return keep_by_scores(self, window, budget)
 
-    def keep_scored(self, scores_LHS: torch.Tensor, window: Window, budget: int) -> torch.Tensor:
+    def keep_scored(self, scores_LHS: torch.Tensor, window: WindowShape, budget: int) -> torch.Tensor:
         """See `ScoringPolicy`."""
         return keep_protected(scores_LHS, window, budget, num_recent_tokens=_NUM_QUERIES)

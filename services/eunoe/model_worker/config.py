@@ -32,6 +32,18 @@ class WorkerConfig:
     """Unhealthy after so long without a step while work is pending."""
     metrics_port: int | None = None
     """Where Prometheus metrics are published on `listen_host`; 0 picks a port, None publishes none."""
+    policy: str = "sinks-recent/1"
+    """Evicts where no sidecar says otherwise: a policy's name, or the stem of a file in `policies_dir`."""
+    policies_dir: Path | None = None
+    """Parameters of policies; the sidecar's too."""
+    sidecar_address: str | None = None
+    """unix:path of the eviction sidecar, which then chooses each stream's policy; None: there is none."""
+    scoring: str = "in_process"
+    """Where slots are scored: `in_process` or `sidecar`; to the same bits."""
+    sidecar_deadline_seconds: float = 0.5
+    """A sidecar that takes longer is decided without."""
+    payload_dir: Path | None = None
+    """A directory in memory, the sidecar's too, for features beyond a message's size."""
     drain_seconds: float = 10.0
     """How long a drain waits for running calls."""
     ready_file: Path | None = None
@@ -42,6 +54,10 @@ class WorkerConfig:
             raise ValueError("model_name is empty")
         if self.checkpoint_segments < 1 or self.num_threads < 1:
             raise ValueError("checkpoint_segments and num_threads must be at least 1")
+        if self.scoring not in ("in_process", "sidecar"):
+            raise ValueError(f"scoring={self.scoring!r} is neither in_process nor sidecar")
+        if self.scoring == "sidecar" and self.sidecar_address is None:
+            raise ValueError("scoring is sidecar, and sidecar_address says none")
         durations = (self.checkpoint_seconds, self.renew_seconds, self.sweep_seconds, self.stall_seconds)
-        if min(durations) <= 0:
+        if min(*durations, self.sidecar_deadline_seconds) <= 0:
             raise ValueError("durations must be positive")

@@ -1,10 +1,10 @@
 """The engine thread: it alone touches the decoder, and decides whose turn it is.
 
 Work comes as *jobs*: generators that run on the engine thread and yield where others may have a turn. `yield None`
-ends a turn of at most one segment's pass; `logits = yield Decode(state, token_id)` asks to append one token, which the
-engine does for up to 16 states in one batch. Jobs take turns in a circle, so one stream's backlog of a thousand
-segments delays another's single segment by one pass. While both segments and decode steps wait, each kind gets half of
-the time.
+ends a turn of at most one segment's pass; `logits = yield Decode(state, token_id, policy)` asks to append one token,
+which the engine does for up to 16 states in one batch. Jobs take turns in a circle, so one stream's backlog of a
+thousand segments delays another's single segment by one pass. While both segments and decode steps wait, each kind gets
+half of the time.
 """
 
 import asyncio
@@ -40,6 +40,7 @@ class Decode:
 
     state: MemoryState
     token_id: int
+    policy: EvictionPolicy
 
 
 Job = Generator[Decode | None, Any, T]
@@ -61,15 +62,11 @@ class Engine:
 
     Args:
         load: Makes the decoder, on the engine thread: numbers of threads are settings of the thread that sets them.
-        policy: Evicts in decode steps.
         on_death: Called on the engine thread when it dies of an error of its own; the default ends the process, because
             a worker without its engine can neither fold nor checkpoint, and its leases should pass on at once.
     """
 
-    def __init__(
-        self, load: Callable[[], Decoder], policy: EvictionPolicy, on_death: Callable[[], None] | None = None
-    ) -> None:
-        self.policy = policy
+    def __init__(self, load: Callable[[], Decoder], on_death: Callable[[], None] | None = None) -> None:
         self._load = load
         self._decoder: Decoder | None = None
         self._on_death = on_death or _end_process
@@ -189,7 +186,9 @@ class Engine:
         metrics.DECODE_BATCH.observe(len(wishes))
         try:
             logits_BV = self.decoder.decode(
-                [wish.state for wish in wishes], [wish.token_id for wish in wishes], self.policy
+                [wish.state for wish in wishes],
+                [wish.token_id for wish in wishes],
+                [wish.policy for wish in wishes],
             )
         except Exception as error:
             logger.exception("a decode step failed", extra={"batch": len(wishes)})

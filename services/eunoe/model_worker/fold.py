@@ -31,6 +31,9 @@ from eunoe.runtime.failpoints import failpoint
 # Bytes tokenized at a time: a few segments, so that a turn stays short and milestones pass often.
 FEED_BYTES = 8 * 1024
 
+# The state store takes 1,024.
+_MAX_DECISIONS = 1000
+
 _KINDS: dict[int, RecordKind] = {
     api.RECORD_KIND_UNSPECIFIED: "text",
     api.RECORD_KIND_TEXT: "text",
@@ -82,7 +85,8 @@ class StreamFold:
     Args:
         decoder: Folds.
         tokenizer: Of the same model.
-        policy: Evicts; recorded in the decisions. The attribute may be set anew between two turns of `fold`.
+        policy: Evicts. Its name is recorded in the decisions, as it is after the pass. The attribute may be set anew
+            between two turns of `fold`.
         state: At a segment boundary; of a new stream or decoded from a checkpoint.
         manifest: The checkpoint that `state` came from; an empty one for a new stream.
         max_uncommitted_segments: `fold` pauses at so many; the checkpoint must catch up first.
@@ -118,6 +122,8 @@ class StreamFold:
         self.num_committed_tokens: int = state.num_tokens
         self.folded_offset: int = manifest.applied_offset
         self.on_progress: Callable[[], None] = lambda: None
+        # Gets the index of each segment before its pass.
+        self.choose_policy: Callable[[int], EvictionPolicy] = lambda segment: self.policy
 
     @property
     def settings(self) -> MemorySettings:
@@ -215,8 +221,10 @@ class StreamFold:
         start = time.monotonic()
         length = self.settings.segment_length
         failpoint("worker.before-segment")
-        self._record_decision()
+        segment = self._state.num_tokens // length
+        self.policy = self.choose_policy(segment)
         self._decoder.prefill(self._state, self._log.take(length), self.policy)
+        self._record_decision(segment)
         failpoint("worker.segment-folded")
         self.num_tokens = self._state.num_tokens
         self.folded_offset = self._log.cursor[0]
@@ -224,13 +232,15 @@ class StreamFold:
         metrics.SEGMENT_SECONDS.observe(time.monotonic() - start)
         self.on_progress()
 
-    def _record_decision(self) -> None:
-        """Open a new run where this segment is folded under another decision than the one before it."""
+    def _record_decision(self, segment: int) -> None:
+        """Open a new run where this segment was folded under another decision than the one before it."""
         policy, numerics_id = self.policy.name, self._decoder.numerics_id
         last = self._decisions[-1] if self._decisions else None
         if last is None or (last.policy, last.numerics_id) != (policy, numerics_id):
-            first_segment = self._state.num_tokens // self.settings.segment_length
-            self._decisions.append(pb.DecisionRun(first_segment=first_segment, policy=policy, numerics_id=numerics_id))
+            self._decisions.append(pb.DecisionRun(first_segment=segment, policy=policy, numerics_id=numerics_id))
+            # Of a sidecar that comes and goes for weeks a manifest has no room to tell. Those of the segments between
+            # the retained checkpoints are always among the newest.
+            del self._decisions[:-_MAX_DECISIONS]
 
     def _pass_milestones(self) -> None:
         with self._lock:

@@ -10,6 +10,7 @@ import numpy as np
 from google.protobuf.duration_pb2 import Duration
 
 from eunoe.api.v1 import long_context_pb2 as api
+from eunoe.eviction.policy import EvictionPolicy
 from eunoe.model_worker import metrics
 from eunoe.model_worker.answer import Answer
 from eunoe.model_worker.copies import BorrowedCopy, Outbox
@@ -72,7 +73,7 @@ class Generation:
                 yield api.GenerateResponse(catching_up=catching_up)
             call.caught_up = time.monotonic()
             outbox = Outbox[api.GeneratedTokens]()
-            running = borrowed.run(self._decode(call, borrowed.taken(), outbox.put))
+            running = borrowed.run(self._decode(call, borrowed.taken(), stream.copy_policy, outbox.put))
             async for tokens in outbox.until_done(running):
                 call.sent.MergeFrom(tokens)
                 yield api.GenerateResponse(tokens=tokens)
@@ -90,13 +91,13 @@ class Generation:
         if not text_ids:
             raise InvalidRequest("there is no text to score")
         _check_length(stream, len(text_ids))
-        decoder, policy = self._parts.decoder, self._parts.policy
+        decoder = self._parts.decoder
         borrowed = BorrowedCopy(self._parts, stream)
         with stream.in_use(), closing(borrowed):
             async for catching_up in borrowed.take(request.freshness):
                 yield api.ScoreResponse(catching_up=catching_up)
             outbox = Outbox[api.ScoredTokens]()
-            running = borrowed.run(score_tokens(decoder, policy, borrowed.taken(), text_ids, outbox.put))
+            running = borrowed.run(score_tokens(decoder, stream.copy_policy, borrowed.taken(), text_ids, outbox.put))
             async for tokens in outbox.until_done(running):
                 yield api.ScoreResponse(tokens=tokens)
             running.result()
@@ -121,14 +122,16 @@ class Generation:
         # Off the loop: a prompt may be megabytes, and only then turns out to be too long.
         return await asyncio.to_thread(self._parts.tokenizer.encode, text)
 
-    def _decode(self, call: _Call, copy: EphemeralCopy, send: Callable[[api.GeneratedTokens], None]) -> Job[list[int]]:
+    def _decode(
+        self, call: _Call, copy: EphemeralCopy, policy: EvictionPolicy, send: Callable[[api.GeneratedTokens], None]
+    ) -> Job[list[int]]:
         """Read tail and prompt, then answer; returns the answer's token ids as they are to be remembered."""
         call.started = time.monotonic()
         call.summary.offset, call.summary.state_bytes = copy.offset, copy.state_bytes
         decoder, tokenizer, state = self._parts.decoder, self._parts.tokenizer, copy.state
         token_ids = np.concatenate([copy.tail, np.asarray(call.prompt_ids, dtype=np.int64)])
         num_left = check_room(decoder, state, len(token_ids), num_needed=1)
-        logits = yield from read_tokens(decoder, self._parts.policy, state, token_ids)
+        logits = yield from read_tokens(decoder, policy, state, token_ids)
         call.first_logits = time.monotonic()
         finish_reason, last_ids = api.FINISH_REASON_LENGTH, []
         num_most = min(call.max_tokens, num_left)
@@ -144,7 +147,7 @@ class Generation:
                 finish_reason = api.FINISH_REASON_STOP
                 break
             if num_answered < num_most:
-                logits = yield Decode(state, token_id)
+                logits = yield Decode(state, token_id, policy)
         if not call.answer.is_stopped and (tokens := call.answer.finish()) is not None:
             send(tokens)
         self._summarize(call, finish_reason, state.num_slots)

@@ -7,6 +7,7 @@ from itertools import pairwise
 from eunoe.api.v1 import long_context_pb2 as api
 from eunoe.decoder import state_codec
 from eunoe.decoder.decoder import Decoder
+from eunoe.eviction.fallback import decided_by, policy_in_charge
 from eunoe.eviction.policy import EvictionPolicy
 from eunoe.internal.v1 import state_store_pb2 as pb
 from eunoe.model_worker.engine import Job
@@ -60,14 +61,14 @@ class Recorded:
             need(api.MISSING_KIND_MODEL, manifest.model_digest, [decoder.model_digest])
         for run in self._runs:
             need(api.MISSING_KIND_NUMERICS, run.numerics_id, [decoder.numerics_id], run.first_segment)
-            need(api.MISSING_KIND_POLICY, run.policy, sorted(self._policies), run.first_segment)
+            need(api.MISSING_KIND_POLICY, policy_in_charge(run.policy), sorted(self._policies), run.first_segment)
         return list(missing.values())
 
     def policy_at(self, num_tokens: int) -> EvictionPolicy:
-        """The policy that the segment after so many tokens was folded with."""
+        """The policy that the segment after so many tokens was folded with; a fallback where it was one."""
         segment = num_tokens // self._segment_length
         run = next(run for run in reversed(self._runs) if run.first_segment <= segment)
-        return self._policies[run.policy]
+        return decided_by(run.policy, self._policies)
 
     def difference(self, fold: StreamFold) -> api.Difference | None:
         """Where the fold's state is not that of a checkpoint made at this very place."""

@@ -15,14 +15,18 @@ from eunoe.clients.state_store import StateStoreClient
 from eunoe.decoder.decoder import Decoder
 from eunoe.decoder.memory_state import MemorySettings, MemoryState
 from eunoe.decoder.tokenizer import Tokenizer
+from eunoe.eviction.fallback import policy_in_charge
 from eunoe.eviction.policy import EvictionPolicy
+from eunoe.eviction.policy_files import PolicyFiles
 from eunoe.internal.v1 import state_store_pb2 as pb
 from eunoe.model_worker import metrics
 from eunoe.model_worker.checkpoints import Checkpoints
 from eunoe.model_worker.config import WorkerConfig
 from eunoe.model_worker.engine import Engine
+from eunoe.model_worker.evictions import StreamEvictions, recorded_policy
 from eunoe.model_worker.fold import EphemeralCopy, StreamFold
 from eunoe.model_worker.memory import Admission
+from eunoe.model_worker.sidecar import Sidecar
 from eunoe.runtime.errors import (
     Conflict,
     CorruptState,
@@ -56,6 +60,9 @@ class WorkerParts:
     decoder: Decoder
     tokenizer: Tokenizer
     policy: EvictionPolicy
+    """Evicts where no sidecar says otherwise."""
+    policies: PolicyFiles
+    sidecar: Sidecar | None
     checkpoints: Checkpoints
     admission: Admission
 
@@ -80,6 +87,7 @@ class OwnedStream:
         self._parts = parts
         self._on_gone = on_gone
         self._fold: StreamFold | None = None
+        self._evictions = StreamEvictions(self.name, parts.policy, parts.sidecar)
         self._reserved_bytes = 0
         self._num_users = 0
         self._failure: BaseException | None = None
@@ -117,6 +125,11 @@ class OwnedStream:
         return self._fold is not None
 
     @property
+    def copy_policy(self) -> EvictionPolicy:
+        """What evicts from a copy of its memory state."""
+        return self._evictions.of_copy()
+
+    @property
     def create_time_ns(self) -> int:
         """When the stream was made: tells it from another of its name."""
         return self._record.stream.create_time.ToNanoseconds()
@@ -151,9 +164,8 @@ class OwnedStream:
                 return self._fold
             parts = self._parts
             with self.in_use():
-                size = await parts.engine.call(
-                    lambda: parts.decoder.new_state(self.settings, parts.policy).resident_bytes
-                )
+                largest = parts.policy if parts.sidecar is None else parts.policies.largest
+                size = await parts.engine.call(lambda: parts.decoder.new_state(self.settings, largest).resident_bytes)
                 await parts.admission.reserve(size)
                 self._reserved_bytes = size
                 try:
@@ -325,15 +337,27 @@ class OwnedStream:
         return await parts.engine.call(lambda: parts.decoder.new_state(self.settings, parts.policy))
 
     def _new_fold(self, state: MemoryState) -> StreamFold:
-        parts = self._parts
-        return StreamFold(
+        parts, record, manifest = self._parts, self._record, self._record.manifest
+        policy = parts.policy
+        if parts.sidecar is not None and manifest.decisions:
+            policy = parts.policies.by_name.get(policy_in_charge(manifest.decisions[-1].policy), policy)
+        num_recorded = record.recorded_tokens // self.settings.segment_length
+        self._evictions = StreamEvictions(
+            self.name,
+            policy,
+            parts.sidecar,
+            lambda segment: recorded_policy(segment, record.recorded_decisions, num_recorded, parts.policies.by_name),
+        )
+        fold = StreamFold(
             parts.decoder,
             parts.tokenizer,
-            parts.policy,
+            policy,
             state,
-            self._record.manifest,
+            manifest,
             max_uncommitted_segments=2 * parts.config.checkpoint_segments,
         )
+        fold.choose_policy = self._evictions.choose
+        return fold
 
     async def _flush(self, offset: int) -> None:
         await self.confirmed()

@@ -13,7 +13,6 @@ from google.protobuf import timestamp_pb2
 from eunoe.api.v1 import long_context_pb2 as api
 from eunoe.decoder import state_codec
 from eunoe.decoder.memory_state import MemorySettings, MemoryState
-from eunoe.eviction import POLICIES
 from eunoe.internal.v1 import state_store_pb2 as pb
 from eunoe.model_worker.fold import StreamFold
 from eunoe.model_worker.replay import Recorded, replay
@@ -129,11 +128,12 @@ class _Attempt:
         start = pb.Manifest() if begins_empty else checkpoints[0]
         summary.from_offset, summary.to_offset = start.applied_offset, checkpoints[-1].applied_offset
         settings = memory_settings(stream.settings)
-        size = await parts.engine.call(lambda: parts.decoder.new_state(settings).resident_bytes)
+        size = await parts.engine.call(lambda: parts.decoder.new_state(settings, parts.policies.largest).resident_bytes)
         await parts.admission.reserve(size)
         try:
             state = await self._load_all(list(checkpoints), settings)
-            recorded = Recorded(start, checkpoints, settings.segment_length, POLICIES)
+            await asyncio.to_thread(parts.policies.refresh)
+            recorded = Recorded(start, checkpoints, settings.segment_length, parts.policies.by_name)
             if missing := recorded.missing(parts.decoder):
                 summary.verdict = api.VERDICT_UNVERIFIABLE
                 summary.missing.extend(missing)

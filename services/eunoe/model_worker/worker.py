@@ -12,11 +12,12 @@ from weakref import WeakValueDictionary
 import grpc
 
 from eunoe.api.v1 import long_context_pb2 as api
+from eunoe.clients.eviction_sidecar import EvictionSidecarClient
 from eunoe.clients.state_store import StateStoreClient
 from eunoe.decoder.decoder import Decoder
 from eunoe.decoder.memory_state import MemorySettings
 from eunoe.decoder.tokenizer import Tokenizer
-from eunoe.eviction import DEFAULT_POLICY
+from eunoe.eviction.policy_files import PolicyFiles
 from eunoe.internal.v1 import model_worker_pb2, model_worker_pb2_grpc
 from eunoe.internal.v1 import state_store_pb2 as pb
 from eunoe.model_worker import metrics
@@ -28,6 +29,7 @@ from eunoe.model_worker.generation import Generation
 from eunoe.model_worker.memory import Admission, MemoryLedger
 from eunoe.model_worker.ownership import Ownership
 from eunoe.model_worker.servicer import ModelWorkerServicer
+from eunoe.model_worker.sidecar import Sidecar
 from eunoe.model_worker.stream import OwnedStream, WorkerParts
 from eunoe.model_worker.sweep import Sweep
 from eunoe.model_worker.verification import Verification
@@ -35,6 +37,7 @@ from eunoe.runtime.errors import EunoeError, ModelMismatch, NotFound, NotOwner, 
 from eunoe.runtime.failpoints import failpoint
 from eunoe.runtime.grpc_channel import open_channel
 from eunoe.runtime.grpc_server import GrpcServer
+from eunoe.runtime.payload_files import PayloadWriter
 from eunoe.runtime.telemetry import serve_metrics
 
 logger = logging.getLogger(__name__)
@@ -42,6 +45,7 @@ logger = logging.getLogger(__name__)
 _SERVICE = model_worker_pb2.DESCRIPTOR.services_by_name["ModelWorkerService"].full_name
 _IDLE_PROBE_SECONDS = 5.0
 _HEALTH_SECONDS = 1.0
+_FLUSH_SECONDS = 1.0
 
 
 class ModelWorker:
@@ -57,9 +61,7 @@ class ModelWorker:
         self.incarnation = uuid.uuid4().hex
         self.ledger = MemoryLedger(config.memory_limit_bytes)
         self.streams: dict[str, OwnedStream] = {}
-        self._engine = Engine(
-            lambda: Decoder.load(config.model_path, num_threads=config.num_threads), DEFAULT_POLICY, on_engine_death
-        )
+        self._engine = Engine(lambda: Decoder.load(config.model_path, num_threads=config.num_threads), on_engine_death)
         self._server = GrpcServer(
             address=f"{config.listen_host}:0", add_servicers=self._add_servicers, service_names=[_SERVICE]
         )
@@ -84,12 +86,14 @@ class ModelWorker:
         """Load the model, run a tiny inference, listen, and enter the worker directory.
 
         Raises:
-            ValueError: If there is no model of that name to load.
+            ValueError: If there is no model of that name to load, or no such policy.
             Unavailable: If the state store cannot be reached.
         """
         config = self.config
         self._channel = open_channel(config.state_store_address)
         store = StateStoreClient(self._channel)
+        policies = await asyncio.to_thread(PolicyFiles, config.policies_dir)
+        policy = policies.named(config.policy)
         decoder = await self._engine.start()
         tokenizer = await asyncio.to_thread(Tokenizer.load, config.model_path)
         self.parts = WorkerParts(
@@ -98,7 +102,9 @@ class ModelWorker:
             engine=self._engine,
             decoder=decoder,
             tokenizer=tokenizer,
-            policy=DEFAULT_POLICY,
+            policy=policy,
+            policies=policies,
+            sidecar=self._sidecar_beside(policies),
             checkpoints=Checkpoints(store, self._engine, decoder),
             admission=Admission(self.ledger, self._drop_idle),
         )
@@ -201,6 +207,8 @@ class ModelWorker:
         # Last: whoever leaves the directory counts as dead, and its streams may be taken.
         await _cancel([renewal])
         await self._ownership.leave()
+        if self.parts.sidecar is not None:
+            await asyncio.to_thread(self.parts.sidecar.flush, _FLUSH_SECONDS)
         await self.stop()
 
     async def stop(self) -> None:
@@ -210,6 +218,8 @@ class ModelWorker:
             stream.fail(Unavailable("the worker has stopped"))
         await self._server.drain(0)
         await asyncio.to_thread(self._engine.stop)
+        if self.parts.sidecar is not None:
+            self.parts.sidecar.close()
         await self._channel.close()
         self._metrics.close()
 
@@ -264,6 +274,23 @@ class ModelWorker:
             self._failed_streams.note(stream.name, stream.create_time_ns, error)
         metrics.OWNED_STREAMS.set(len(self.streams))
         metrics.DROPPED_STREAMS.labels(error.reason() if isinstance(error, EunoeError) else "FAILED").inc()
+
+    def _sidecar_beside(self, policies: PolicyFiles) -> Sidecar | None:
+        config = self.config
+        if config.sidecar_address is None:
+            return None
+        main, shadow = (
+            PayloadWriter(config.payload_dir, f"{self.incarnation}-{part}") if config.payload_dir is not None else None
+            for part in ("main", "shadow")
+        )
+        return Sidecar(
+            EvictionSidecarClient(config.sidecar_address, config.sidecar_deadline_seconds),
+            policies,
+            deadline_seconds=config.sidecar_deadline_seconds,
+            scores_in_process=config.scoring == "in_process",
+            features=main,
+            shadow_features=shadow,
+        )
 
     async def _probe(self) -> None:
         """A tiny inference: that the decoder answers at all."""

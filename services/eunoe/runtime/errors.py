@@ -5,7 +5,7 @@
   |   + InvalidUtf8, BadChecksum, RecordTooLarge, BadTokenId, PromptTooLong, BadExport, CarryAtFinish
   + Unauthenticated          UNAUTHENTICATED
   + NotFound                 NOT_FOUND
-  |   + StreamNotFound, ModelNotFound, KeyNotFound, OutcomeNotFound
+  |   + StreamNotFound, ModelNotFound, KeyNotFound, OutcomeNotFound, PolicyNotFound
   + AlreadyExists            ALREADY_EXISTS
   + OffsetGap                OUT_OF_RANGE          the record starts above the accepted offset
   + FailedPrecondition       FAILED_PRECONDITION   true input, wrong state
@@ -149,6 +149,11 @@ class KeyNotFound(NotFound):
 @dataclass(eq=False)
 class OutcomeNotFound(NotFound):
     """No remembering call of that id in the last 10 minutes."""
+
+
+@dataclass(eq=False)
+class PolicyNotFound(NotFound):
+    """There is no eviction policy of that name and version."""
 
 
 @dataclass(eq=False)

@@ -35,6 +35,11 @@ _OPTIONS = (
 )
 
 
+def open_blocking_channel(address: str) -> grpc.Channel:
+    """A plain channel for a thread without an event loop; `address` may be unix:path. Otherwise as `open_channel`."""
+    return grpc.insecure_channel(address, options=(*_OPTIONS, ("grpc.use_local_subchannel_pool", 1)))
+
+
 def open_channel(address: str, tls: TlsConfig | None = None) -> grpc.aio.Channel:
     """A channel to `host:port`, plain text without `tls`. It connects at the first call and reconnects by itself.
 

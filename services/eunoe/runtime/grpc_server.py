@@ -39,7 +39,7 @@ class GrpcServer:
     """A grpc.aio server with the platform's options.
 
     Args:
-        address: host:port to listen on; port 0 picks a free one.
+        address: host:port to listen on; port 0 picks a free one. Or unix:path.
         add_servicers: Called with the server once, to register the servicers.
         service_names: Full names for the health service (and reflection).
         tls: Certificates; None listens in plain text.
@@ -72,7 +72,9 @@ class GrpcServer:
 
     @property
     def address(self) -> str:
-        """host:port that clients connect to, once started."""
+        """host:port (or unix:path) that clients connect to, once started."""
+        if self._listen_address.startswith("unix:"):
+            return self._listen_address
         return f"{self._listen_address.rpartition(':')[0]}:{self._port}"
 
     async def start(self) -> int:

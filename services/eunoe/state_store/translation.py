@@ -48,6 +48,10 @@ def record_to_proto(metadata: StreamMetadata) -> pb.StreamRecord:
     record = pb.StreamRecord(stream=stream_to_proto(metadata), checkpoint_offsets=metadata.checkpoint_offsets)
     if metadata.newest is not None:
         record.manifest.CopyFrom(manifest_to_proto(metadata.newest))
+    farthest = max(metadata.retained, key=lambda checkpoint: checkpoint.tokens, default=None)
+    if farthest is not None and (metadata.newest is None or farthest.tokens > metadata.newest.tokens):
+        record.recorded_tokens = farthest.tokens
+        record.recorded_decisions.extend(manifest_to_proto(farthest).decisions)
     if metadata.lease is not None:
         record.lease.CopyFrom(lease_to_proto(metadata.lease))
     return record

@@ -59,6 +59,26 @@ async def test_another_worker_folds_to_the_same_memory_from_an_older_checkpoint(
     assert (await platform.flush(other, name)).stream.state_digest == await platform.digest(other, data + more)
 
 
+async def test_what_is_folded_again_is_folded_under_the_recorded_decisions(
+    platform: Any, make_text: Text, damage: Damage
+) -> None:
+    worker, data, more = await platform.worker(policy="heavy-hitter/1"), make_text(2400), make_text(500, seed=1)
+    records = await checkpoints(platform, worker, data)
+    name, newest = records[-1].stream.name, records[-1].stream
+    await damage(records[-1].manifest)
+    await platform.kill(worker)
+    other = await platform.worker(policy="snapkv/1")
+
+    refolded = await platform.flush(other, name)
+    await platform.append(name, more)
+    after = await platform.flush(other, name)
+
+    assert refolded.stream.state_digest == newest.state_digest
+    assert refolded.manifest.decisions == records[-1].manifest.decisions
+    assert [run.policy for run in after.manifest.decisions] == ["heavy-hitter/1", "snapkv/1"]
+    assert after.manifest.decisions[1].first_segment == newest.tokens // 16
+
+
 async def test_without_a_sound_checkpoint_the_stream_says_so(platform: Any, make_text: Text, damage: Damage) -> None:
     worker = await platform.worker()
     records = await checkpoints(platform, worker, make_text(2400))

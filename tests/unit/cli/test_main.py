@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from eunoe import eviction
 from eunoe.api.v1 import long_context_pb2 as api
 from eunoe.cli import local
 from eunoe.cli.main import main
@@ -79,6 +80,7 @@ def test_ask_starts_without_anything_heavy() -> None:
 def test_the_defaults_that_help_shows_are_the_platforms() -> None:
     assert local.DEFAULT_MODEL == models.DEFAULT_MODEL
     assert local.DEFAULT_PORT == platform.DEFAULT_PORT
+    assert local.DEFAULT_POLICY == platform.DEFAULT_POLICY == eviction.DEFAULT_POLICY.name
 
 
 def test_messages_become_json_with_numbers_and_plain_words() -> None:

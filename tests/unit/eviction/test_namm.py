@@ -47,7 +47,7 @@ def test_the_best_scores_stay(a_window: MakeWindow) -> None:
     policy = a_namm()
     window = a_window(policy, 200)
 
-    kept, scores = policy.keep(window, 100), policy.scores(window)
+    kept, scores = policy.keep(window, 100), policy.scores(policy.features(window))
 
     is_kept = torch.zeros_like(scores, dtype=torch.bool).scatter_(2, kept, value=True)
     free = slice(4, 192)
@@ -184,7 +184,7 @@ class Counting:
 def test_below_a_threshold_slots_leave_within_the_budget(a_window: MakeWindow) -> None:
     policy = a_namm(threshold=0.5)
     window = a_window(policy, 200)
-    num_above = (policy.scores(window)[..., 4:-8] >= 0.5).sum(dim=-1).max() + 12
+    num_above = (policy.scores(policy.features(window))[..., 4:-8] >= 0.5).sum(dim=-1).max() + 12
 
     kept = policy.keep(window, 190)
 

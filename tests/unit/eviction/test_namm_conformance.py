@@ -127,9 +127,9 @@ def test_zero_parameters_keep_everything_and_change_nothing() -> None:
     kept = policy.keep(evicting, evicting.num_slots)
     expected = decoder.prefill(plain, tokens, NothingKnown(), logits="all")
 
-    assert (policy.scores(evicting) == 0).all()
+    assert (policy.scores(policy.features(evicting)) == 0).all()
     assert torch.equal(kept, torch.arange(96).expand(2, 2, 96))
-    assert torch.equal(keep_above(policy.scores(evicting)[0]), torch.arange(96).expand(2, 96))
+    assert torch.equal(keep_above(policy.scores(policy.features(evicting))[0]), torch.arange(96).expand(2, 96))
     assert logits is not None
     assert expected is not None
     assert torch.equal(logits, expected)

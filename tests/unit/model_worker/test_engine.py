@@ -18,7 +18,7 @@ SETTINGS = MemorySettings(kv_budget_tokens=16, segment_length=8, num_sink_tokens
 
 @pytest.fixture
 async def engine(tiny_model: Path) -> AsyncIterator[Engine]:
-    engine = Engine(lambda: Decoder.load(tiny_model, num_threads=1), DEFAULT_POLICY, on_death=lambda: None)
+    engine = Engine(lambda: Decoder.load(tiny_model, num_threads=1), on_death=lambda: None)
     await engine.start()
     yield engine
     engine.stop()
@@ -106,7 +106,7 @@ async def test_decode_steps_of_different_streams_share_a_batch(engine: Engine, t
     def three_tokens(token_id: int) -> Job[torch.Tensor]:
         state = decoder.new_state(SETTINGS)
         for _ in range(3):
-            logits = yield Decode(state, token_id)
+            logits = yield Decode(state, token_id, DEFAULT_POLICY)
         return logits
 
     gate = threading.Event()
@@ -125,7 +125,7 @@ async def test_ingest_and_decoding_both_go_on_side_by_side(engine: Engine) -> No
     def decoding() -> Job[None]:
         state = decoder.new_state(SETTINGS)
         for _ in range(20):
-            yield Decode(state, 1)
+            yield Decode(state, 1, DEFAULT_POLICY)
             log.append("decode")
 
     gate = threading.Event()
@@ -149,7 +149,7 @@ async def test_ingest_and_decoding_both_go_on_side_by_side(engine: Engine) -> No
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 async def test_an_engine_that_dies_says_so(tiny_model: Path) -> None:
     died = threading.Event()
-    engine = Engine(lambda: Decoder.load(tiny_model, num_threads=1), DEFAULT_POLICY, on_death=died.set)
+    engine = Engine(lambda: Decoder.load(tiny_model, num_threads=1), on_death=died.set)
     await engine.start()
     ended = engine.call(sys.exit)
     assert await asyncio.to_thread(died.wait, 5)
@@ -158,7 +158,7 @@ async def test_an_engine_that_dies_says_so(tiny_model: Path) -> None:
 
 
 async def test_a_stopped_engine_takes_no_more_jobs(tiny_model: Path) -> None:
-    engine = Engine(lambda: Decoder.load(tiny_model, num_threads=1), DEFAULT_POLICY, on_death=lambda: None)
+    engine = Engine(lambda: Decoder.load(tiny_model, num_threads=1), on_death=lambda: None)
     await engine.start()
     engine.stop()
     with pytest.raises(Unavailable):

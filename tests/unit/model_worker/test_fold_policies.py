@@ -2,19 +2,23 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from eunoe.api.v1 import long_context_pb2 as api
 from eunoe.decoder import state_codec
 from eunoe.decoder.decoder import Decoder
 from eunoe.decoder.memory_state import MemorySettings, MemoryState
 from eunoe.decoder.tokenizer import Tokenizer
-from eunoe.eviction import POLICIES, EvictionPolicy, Namm
+from eunoe.eviction import POLICIES, EvictionPolicy, Namm, SinksRecent
 from eunoe.eviction.backward_attention import NUM_PARAMETERS, BackwardAttention
+from eunoe.eviction.fallback import Fallback
 from eunoe.eviction.namm import Normalization
 from eunoe.eviction.spectrogram import AttentionSpectrogram
 from eunoe.internal.v1 import state_store_pb2 as pb
 from eunoe.model_worker.fold import Snapshot, StreamFold
+from eunoe.state_store.checkpoint_rules import MAX_DECISIONS
 
 SETTINGS = MemorySettings(kv_budget_tokens=48, segment_length=32, num_sink_tokens=4)
 TEXT = b" ".join(f"line {number} says {number * number} words and no more".encode() for number in range(60))
@@ -125,3 +129,30 @@ def test_an_answer_decoded_over_a_boundary_follows_the_policy(parts: tuple[Decod
     assert logits is not None
     assert logits.isfinite().all()
     assert fold.snapshot().manifest.state_digest == before
+
+
+def test_a_fallback_keeps_the_statistics_going(parts: tuple[Decoder, Tokenizer]) -> None:
+    policy = random_namm()
+    plain, fallback = a_fold(parts, SinksRecent()), a_fold(parts, Fallback("late", policy))
+    *_, without = take(plain, TEXT)
+
+    *_, state = take(fallback, TEXT)
+
+    assert torch.equal(state.keys_LHSD, without.keys_LHSD)
+    assert state.statistics_name == policy.statistics.name
+    assert state.statistics_LHSB is not None
+    assert state.statistics_LHSB[:, :, : SETTINGS.kv_budget_tokens - 1].any(dim=-1).all()
+
+
+def test_a_thousand_changes_of_policy_leave_a_manifest_that_can_be_committed(parts: tuple[Decoder, Tokenizer]) -> None:
+    fold = a_fold(parts, SinksRecent())
+    fold.choose_policy = lambda segment: SinksRecent(f"sinks-recent/{segment}")
+    ids = np.zeros(32 * 1100, dtype="<u4").tobytes()
+    fold.offer(pb.ReadLogResponse(offset=0, data=ids, kind=api.RECORD_KIND_TOKEN_IDS))
+
+    num_segments = sum(1 for _ in fold.fold())
+
+    runs = fold.snapshot().manifest.decisions
+    assert num_segments == 1100
+    assert len(runs) == 1000 < MAX_DECISIONS
+    assert (runs[0].policy, runs[-1].policy) == ("sinks-recent/100", "sinks-recent/1099")

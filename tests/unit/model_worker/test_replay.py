@@ -7,6 +7,7 @@ import pytest
 
 from eunoe.api.v1 import long_context_pb2 as api
 from eunoe.eviction import SinksRecent
+from eunoe.eviction.fallback import Fallback
 from eunoe.internal.v1 import state_store_pb2 as pb
 from eunoe.model_worker.replay import Recorded
 
@@ -75,3 +76,12 @@ def test_what_several_checkpoints_lack_is_named_once() -> None:
     ]
 
     assert missing(checkpoints[0], *checkpoints) == [("ENCODING", "7", 0), ("MODEL", "others", 0)]
+
+
+def test_a_fallback_is_folded_as_one_and_needs_the_policy_whose_statistics_go_on() -> None:
+    newest = checkpoint(6, (0, "a", "here"), (3, "fallback:late:a", "here"), (4, "fallback:late:x", "here"))
+
+    of = recorded(pb.Manifest(), newest)
+
+    assert of.policy_at(16 * 3) == Fallback("late", POLICIES["a"])
+    assert missing(pb.Manifest(), newest) == [("POLICY", "x", 4)]

@@ -1,0 +1,90 @@
+"""The eviction policies of an installation: those without parameters, and those in the files of a directory.
+
+`<stem>.safetensors` is a NAMM, which people name by its stem and decisions by its digest. Files are put there whole
+(written beside and renamed), at any time.
+"""
+
+import logging
+from collections import ChainMap
+from collections.abc import Mapping
+from pathlib import Path
+
+from eunoe.eviction import POLICIES, EvictionPolicy, Namm
+from eunoe.runtime.errors import UnknownVersion
+
+logger = logging.getLogger(__name__)
+
+_Signature = tuple[tuple[str, int, int, int], ...]
+
+
+class PolicyFiles:
+    """Policies by name. Safe to use from any thread.
+
+    A file that cannot be read is logged and passed over. A policy that was loaded once stays for those who name it by
+    its digest, whatever becomes of its file.
+
+    Args:
+        directory: None has no files.
+
+    Attributes:
+        broken: Why files could not be read, by their names.
+    """
+
+    def __init__(self, directory: Path | None) -> None:
+        self.directory = directory
+        self.broken: Mapping[str, str] = {}
+        self._signature: _Signature | None = None
+        self._by_stem: Mapping[str, EvictionPolicy] = {}
+        self._by_name: Mapping[str, EvictionPolicy] = {}
+        self.refresh()
+
+    @property
+    def by_name(self) -> Mapping[str, EvictionPolicy]:
+        """All that are here and were since the start, by the names that decisions have."""
+        return ChainMap(POLICIES, dict(self._by_name))
+
+    @property
+    def largest(self) -> EvictionPolicy:
+        """One that has the memory state remember the most bytes of a slot."""
+        return max(self.by_name.values(), key=lambda each: each.statistics.num_bytes if each.statistics else 0)
+
+    def named(self, name: str) -> EvictionPolicy:
+        """The policy of that name, or in the file of that stem.
+
+        Raises:
+            ValueError: If there is none.
+        """
+        known = ChainMap(dict(self._by_stem), POLICIES, dict(self._by_name))
+        if name not in known:
+            raise ValueError(f"there is no policy {name!r}, only {', '.join(sorted(known))}")
+        return known[name]
+
+    def refresh(self) -> bool:
+        """Read the files again if something in the directory has changed; whether it has."""
+        try:
+            signature = _signature(self.directory)
+        except OSError:
+            return False  # In the middle of a change.
+        if signature == self._signature:
+            return False
+        by_stem, broken = {}, {}
+        for name, *_ in signature:
+            if not name.endswith(".safetensors"):
+                continue
+            assert self.directory is not None
+            try:
+                by_stem[name.removesuffix(".safetensors")] = Namm.load(self.directory / name)
+            except (OSError, ValueError, UnknownVersion) as error:
+                broken[name] = str(error)
+                logger.error("a policy cannot be read", extra={"file": name, "problem": str(error)})
+        self._by_name = {**self._by_name, **{policy.name: policy for policy in by_stem.values()}}
+        self._by_stem, self.broken, self._signature = by_stem, broken, signature
+        return True
+
+
+def _signature(directory: Path | None) -> _Signature:
+    """What changes whenever a file does."""
+    if directory is None:
+        return ()
+    paths = sorted(path for path in directory.glob("*") if path.suffix in (".safetensors", ".toml"))
+    return tuple((path.name, stat.st_mtime_ns, stat.st_size, stat.st_ino) for path in paths for stat in [path.stat()])

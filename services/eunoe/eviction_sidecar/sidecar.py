@@ -1,0 +1,58 @@
+"""The eviction sidecar: wires its parts."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import grpc
+
+from eunoe.eviction.catalogue import PolicyCatalogue
+from eunoe.eviction.policy_files import PolicyFiles
+from eunoe.eviction_sidecar import metrics
+from eunoe.eviction_sidecar.audit import AuditLog
+from eunoe.eviction_sidecar.config import EvictionSidecarConfig
+from eunoe.eviction_sidecar.scoring import Scoring
+from eunoe.eviction_sidecar.servicer import SERVICE_NAME, EvictionSidecarServicer
+from eunoe.internal.v1 import eviction_sidecar_pb2_grpc
+from eunoe.runtime.grpc_server import GrpcServer
+from eunoe.runtime.payload_files import remove_stale
+
+_STALE_SECONDS = 600.0
+
+
+@asynccontextmanager
+async def running_sidecar(config: EvictionSidecarConfig) -> AsyncIterator[GrpcServer]:
+    """The server of a sidecar, not yet started; policies are loaded and watched inside of the block.
+
+    Raises:
+        ValueError: If the policies or rules are broken.
+    """
+    catalogue = PolicyCatalogue(await asyncio.to_thread(PolicyFiles, config.policies_dir), config.policy)
+    scoring = Scoring(catalogue.files, config.payload_dir)
+    audit = None
+    if config.audit_file is not None:
+        audit = AuditLog(config.audit_file, config.audit_file_bytes, config.num_audit_files)
+
+    def add_servicers(server: grpc.aio.Server) -> None:
+        eviction_sidecar_pb2_grpc.add_EvictionSidecarServiceServicer_to_server(
+            EvictionSidecarServicer(catalogue, scoring, audit), server
+        )
+
+    watching = asyncio.create_task(_watch_forever(catalogue, config), name="watch")
+    try:
+        yield GrpcServer(address=config.listen_address, add_servicers=add_servicers, service_names=[SERVICE_NAME])
+    finally:
+        watching.cancel()
+        await asyncio.wait([watching])
+        await asyncio.to_thread(scoring.close)
+        if audit is not None:
+            audit.close()
+
+
+async def _watch_forever(catalogue: PolicyCatalogue, config: EvictionSidecarConfig) -> None:
+    while True:
+        await asyncio.sleep(config.reload_seconds)
+        if await asyncio.to_thread(catalogue.refresh):
+            metrics.RELOADS.inc()
+        if config.payload_dir is not None:
+            await asyncio.to_thread(remove_stale, config.payload_dir, _STALE_SECONDS)

@@ -1,0 +1,164 @@
+"""The worker's side of the eviction sidecar: what is asked of it, and what is done when it does not answer.
+
+Everything here runs on the engine thread and blocks it, no longer than the deadline: no answer, a late one or nonsense
+is a fallback, and the segment goes on. After a late answer the sidecar is left alone for ten deadlines, so that one
+that hangs costs a tenth of the time at most.
+"""
+
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from eunoe.clients.eviction_sidecar import EvictionSidecarClient
+from eunoe.eviction import EvictionPolicy, ScoringPolicy
+from eunoe.eviction.catalogue import Choice
+from eunoe.eviction.policy import Window, score, scoring_numerics
+from eunoe.eviction.policy_files import PolicyFiles
+from eunoe.eviction.tensor_payload import from_message, to_message
+from eunoe.internal.v1 import eviction_sidecar_pb2 as pb
+from eunoe.model_worker import metrics
+from eunoe.runtime.errors import DeadlineTooShort, EunoeError, PolicyNotFound, Unavailable
+from eunoe.runtime.payload_files import PayloadWriter
+
+logger = logging.getLogger(__name__)
+
+_REST_DEADLINES = 10
+_REASONS: Mapping[type[EunoeError], str] = {
+    DeadlineTooShort: "late",
+    Unavailable: "unavailable",
+    PolicyNotFound: "unknown-policy",
+}
+
+
+@dataclass(eq=False)
+class NoScores(Exception):
+    """There are no scores, for a reason of one word."""
+
+    reason: str
+
+
+class Sidecar:
+    """One worker's sidecar.
+
+    Args:
+        client: Calls it.
+        files: The policies that are here: features and statistics come from them.
+        deadline_seconds: The client's.
+        scores_in_process: Have policies score here; the sidecar chooses, compares and records all the same.
+        features, shadow_features: Where large features are written; None sends them in messages.
+    """
+
+    def __init__(
+        self,
+        client: EvictionSidecarClient,
+        files: PolicyFiles,
+        *,
+        deadline_seconds: float,
+        scores_in_process: bool,
+        features: PayloadWriter | None,
+        shadow_features: PayloadWriter | None,
+    ) -> None:
+        self._client = client
+        self._files = files
+        self._rest_seconds = _REST_DEADLINES * deadline_seconds
+        self._rests_until = 0.0
+        self._scores_in_process = scores_in_process
+        self._features = features
+        self._shadow_features = shadow_features
+
+    def choose(self, stream: str, present: EvictionPolicy) -> Choice:
+        """What decides for a stream from now on: what the sidecar says, the present policy if it says nothing."""
+        try:
+            response = self._called(self._client.choose_policy, stream)
+            shadow = self._found(response.shadow_policy) if response.shadow_policy else None
+            policy = self._found(response.policy)
+        except NoScores as error:
+            metrics.UNANSWERED_CHOICES.labels(error.reason).inc()
+            return Choice(present)
+        return Choice(policy, shadow if isinstance(shadow, ScoringPolicy) else None)
+
+    def scores(self, policy: ScoringPolicy, window: Window) -> torch.Tensor:
+        """The policy's scores of the window, float32 [L, H, S].
+
+        Raises:
+            NoScores: If there are none in time that can be used.
+        """
+        feature_LHSI = policy.features(window)
+        scores_LHS = score(policy, feature_LHSI) if self._scores_in_process else self._asked(policy, feature_LHSI)
+        if scores_LHS.shape != feature_LHSI.shape[:3] or scores_LHS.dtype != torch.float32 or scores_LHS.isnan().any():
+            raise NoScores("bad-scores")
+        return scores_LHS
+
+    def compare(self, policy: str, kept_LHS: torch.Tensor, shadow: ScoringPolicy, window: Window, budget: int) -> None:
+        """Have the sidecar count how far the shadow policy would have kept the same; waits for nothing."""
+        if self._client.is_comparing or time.monotonic() < self._rests_until:
+            return
+        try:
+            features = to_message(shadow.features(window), self._shadow_features)
+        except OSError:
+            return
+        self._client.compare_policies(
+            pb.ComparePoliciesRequest(
+                policy=policy,
+                kept=to_message(kept_LHS.int(), None),
+                shadow_policy=shadow.name,
+                shadow_features=features,
+                budget=budget,
+                num_sink_tokens=window.num_sink_tokens,
+            )
+        )
+
+    def record(self, eviction: pb.RecordEvictionRequest) -> None:
+        """Have an eviction recorded; waits for nothing."""
+        self._client.record_eviction(eviction, on_lost=metrics.UNRECORDED_EVICTIONS.inc)
+
+    def flush(self, timeout_seconds: float) -> None:
+        """Wait until all evictions are recorded, but no longer than that."""
+        self._client.flush(timeout_seconds)
+
+    def close(self) -> None:
+        """End all calls."""
+        self._client.close()
+        for writer in (self._features, self._shadow_features):
+            if writer is not None:
+                writer.close()
+
+    def _asked(self, policy: ScoringPolicy, feature_LHSI: torch.Tensor) -> torch.Tensor:
+        start = time.monotonic()
+        try:
+            features = to_message(feature_LHSI, self._features)
+        except OSError as error:
+            logger.error("features cannot be written", extra={"problem": str(error)})
+            raise NoScores("no-room") from error
+        request = pb.ScoreSlotsRequest(policy=policy.name, features=features)
+        response = self._called(self._client.score_slots, request)
+        metrics.SCORING_SECONDS.observe(time.monotonic() - start)
+        if response.numerics != scoring_numerics():
+            raise NoScores("other-numerics")
+        try:
+            return from_message(response.scores, self._features.directory if self._features is not None else None)
+        except ValueError as error:
+            raise NoScores("bad-scores") from error
+
+    def _called(self, call: Any, request: Any) -> Any:
+        if time.monotonic() < self._rests_until:
+            raise NoScores("late")
+        try:
+            return call(request)
+        except EunoeError as error:
+            if isinstance(error, DeadlineTooShort):
+                self._rests_until = time.monotonic() + self._rest_seconds
+            raise NoScores(_REASONS.get(type(error), "refused")) from error
+
+    def _found(self, name: str) -> EvictionPolicy:
+        policy = self._files.by_name.get(name)
+        if policy is None and self._files.refresh():
+            policy = self._files.by_name.get(name)
+        if policy is None:
+            logger.error("the sidecar chose a policy that is not here", extra={"policy": name})
+            raise NoScores("unknown-policy")
+        return policy

@@ -1,0 +1,214 @@
+"""What the eviction sidecar promises to workers."""
+
+import json
+import tempfile
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+import pytest
+import torch
+
+from eunoe.eviction import POLICIES, HeavyHitter, Namm, ScoringPolicy, SnapKV
+from eunoe.eviction.backward_attention import NUM_PARAMETERS, BackwardAttention
+from eunoe.eviction.namm import Normalization
+from eunoe.eviction.policy import score, scoring_numerics
+from eunoe.eviction.tensor_payload import from_message, to_message
+from eunoe.eviction_sidecar.config import EvictionSidecarConfig
+from eunoe.eviction_sidecar.sidecar import running_sidecar
+from eunoe.internal.v1 import eviction_sidecar_pb2 as pb
+from eunoe.internal.v1 import eviction_sidecar_pb2_grpc
+from eunoe.runtime.errors import InvalidRequest, PolicyNotFound, from_rpc_error
+from eunoe.runtime.grpc_channel import open_channel
+from eunoe.runtime.payload_files import PayloadWriter
+
+STREAM = "tenants/acme/streams/book"
+
+
+def a_namm() -> Namm:
+    parameters = 0.3 * torch.randn(NUM_PARAMETERS, generator=torch.Generator().manual_seed(0))
+    return Namm(BackwardAttention(parameters), Normalization(torch.zeros(17), torch.ones(17)))
+
+
+def features(num_features: int, num_slots: int = 300) -> torch.Tensor:
+    return torch.randn(2, 3, num_slots, num_features, generator=torch.Generator().manual_seed(1))
+
+
+@dataclass
+class Sidecar:
+    config: EvictionSidecarConfig
+    stub: eviction_sidecar_pb2_grpc.EvictionSidecarServiceStub
+
+    @property
+    def payloads(self) -> Path:
+        assert self.config.payload_dir is not None
+        return self.config.payload_dir
+
+
+@pytest.fixture
+async def sidecar() -> AsyncIterator[Sidecar]:
+    """With the policy "namm", and rotated audit logs of 1,000 bytes."""
+    # Not pytest's tmp_path: a socket's path ends at 107 bytes.
+    with tempfile.TemporaryDirectory(prefix="eunoe-sidecar-") as name:
+        directory = Path(name)
+        a_namm().save(directory / "namm.safetensors")
+        (directory / "rules.toml").write_text(
+            f'[[rules]]\nstreams = "{STREAM}"\npolicy = "namm"\nshadow = "key-norm/1"'
+        )
+        config = EvictionSidecarConfig(
+            listen_address=f"unix:{directory}/sidecar.sock",
+            policies_dir=directory,
+            payload_dir=directory,
+            audit_file=directory / "audit" / "evictions.jsonl",
+            audit_file_bytes=1000,
+            num_audit_files=3,
+        )
+        async with running_sidecar(config) as server:
+            await server.start()
+            assert server.address == config.listen_address
+            async with open_channel(server.address) as channel:
+                yield Sidecar(config, eviction_sidecar_pb2_grpc.EvictionSidecarServiceStub(channel))
+            await server.drain(0)
+
+
+async def test_a_stream_has_the_policy_and_shadow_of_its_rule(sidecar: Sidecar) -> None:
+    ruled = await sidecar.stub.ChoosePolicy(pb.ChoosePolicyRequest(stream=STREAM))
+    other = await sidecar.stub.ChoosePolicy(pb.ChoosePolicyRequest(stream="tenants/acme/streams/other"))
+
+    assert (ruled.policy, ruled.shadow_policy) == (a_namm().name, "key-norm/1")
+    assert (other.policy, other.shadow_policy) == ("sinks-recent/1", "")
+
+
+@pytest.mark.parametrize(
+    ("policy", "num_slots"),
+    [(a_namm(), 1), (a_namm(), 300), (a_namm(), 2000), (HeavyHitter(), 300), (SnapKV(), 300)],
+    ids=lambda value: str(getattr(value, "name", value)).split("/")[0],
+)
+async def test_scores_are_those_of_the_policy_bit_for_bit(
+    sidecar: Sidecar, policy: ScoringPolicy, num_slots: int
+) -> None:
+    feature_LHSI = features(25 if isinstance(policy, Namm) else 1, num_slots)
+    message = to_message(feature_LHSI, PayloadWriter(sidecar.payloads, "test"))
+
+    response = await sidecar.stub.ScoreSlots(pb.ScoreSlotsRequest(policy=policy.name, features=message))
+
+    assert torch.equal(from_message(response.scores, sidecar.payloads), score(policy, feature_LHSI))
+    assert response.numerics == scoring_numerics()
+
+
+async def test_more_than_a_message_holds_comes_and_goes_in_files(sidecar: Sidecar) -> None:
+    feature_LHSI = features(1, 60_000)
+    message = to_message(feature_LHSI, PayloadWriter(sidecar.payloads, "test"))
+
+    response = await sidecar.stub.ScoreSlots(pb.ScoreSlotsRequest(policy="heavy-hitter/1", features=message))
+
+    assert message.HasField("file")
+    assert response.scores.HasField("file")
+    assert torch.equal(from_message(response.scores, sidecar.payloads), feature_LHSI[..., 0])
+
+
+async def test_half_precision_is_taken(sidecar: Sidecar) -> None:
+    feature_LHSI = features(25).half()
+
+    response = await sidecar.stub.ScoreSlots(
+        pb.ScoreSlotsRequest(policy=a_namm().name, features=to_message(feature_LHSI, None))
+    )
+
+    assert torch.equal(from_message(response.scores, None), score(a_namm(), feature_LHSI.float()))
+
+
+@pytest.mark.parametrize(
+    ("policy", "message"),
+    [
+        ("sinks-recent/1", to_message(features(1), None)),
+        ("heavy-hitter/1", pb.Tensor()),
+        ("heavy-hitter/1", to_message(features(1)[0], None)),
+        ("heavy-hitter/1", pb.Tensor(shape=[2, 3, 300, 1], dtype=pb.TENSOR_DTYPE_FLOAT32, data=b"short")),
+        ("heavy-hitter/1", pb.Tensor(shape=[1 << 20] * 4, dtype=pb.TENSOR_DTYPE_FLOAT32)),
+        ("heavy-hitter/1", pb.Tensor(shape=[2, 3, 9, 1], dtype=pb.TENSOR_DTYPE_FLOAT32, file=pb.PayloadFile(name="x"))),
+        (a_namm().name, to_message(features(24), None)),
+    ],
+    ids=["no scores", "nothing", "three axes", "too short", "gigabytes", "no such file", "24 of 25 features"],
+)
+async def test_features_that_are_none_are_invalid(sidecar: Sidecar, policy: str, message: pb.Tensor) -> None:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await sidecar.stub.ScoreSlots(pb.ScoreSlotsRequest(policy=policy, features=message))
+
+    assert isinstance(from_rpc_error(caught.value), InvalidRequest)
+
+
+async def test_a_payload_that_was_overwritten_is_invalid(sidecar: Sidecar) -> None:
+    writer = PayloadWriter(sidecar.payloads, "test")
+    message = to_message(features(25, 4000), writer)
+    to_message(features(25, 4000), writer)
+
+    with pytest.raises(grpc.aio.AioRpcError, match="of generation"):
+        await sidecar.stub.ScoreSlots(pb.ScoreSlotsRequest(policy=a_namm().name, features=message))
+
+
+async def test_an_unknown_policy_is_not_found(sidecar: Sidecar) -> None:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await sidecar.stub.ScoreSlots(
+            pb.ScoreSlotsRequest(policy="namm/1/0123456789abcdef", features=to_message(features(25), None))
+        )
+
+    assert isinstance(from_rpc_error(caught.value), PolicyNotFound)
+
+
+async def test_a_shadow_is_compared_with_what_was_kept(sidecar: Sidecar) -> None:
+    feature_LHSI = features(1, 100)
+    shadow = POLICIES["heavy-hitter/1"]
+    own = feature_LHSI[..., 0].clone()
+    own[..., 75:] = torch.inf
+    own[..., :4] = torch.inf
+    kept = own.sort(dim=-1).indices[..., 50:].sort(dim=-1).values
+
+    async def compared(kept_LHS: torch.Tensor) -> tuple[int, int]:
+        request = pb.ComparePoliciesRequest(
+            policy="x",
+            kept=to_message(kept_LHS.int(), None),
+            shadow_policy=shadow.name,
+            shadow_features=to_message(feature_LHSI, None),
+            budget=50,
+            num_sink_tokens=4,
+        )
+        response = await sidecar.stub.ComparePolicies(request)
+        return response.num_kept, response.num_agreed
+
+    assert await compared(kept) == (300, 300)
+    assert await compared(torch.arange(50).expand(2, 3, 50)) == (300, int((kept < 50).sum()))
+    with pytest.raises(grpc.aio.AioRpcError, match="are not of features"):
+        await compared(torch.full((2, 3, 50), 100))
+
+
+async def test_evictions_are_lines_of_files_that_are_rotated(sidecar: Sidecar) -> None:
+    for segment in range(50):
+        await sidecar.stub.RecordEviction(
+            pb.RecordEvictionRequest(
+                stream=STREAM,
+                segment=segment,
+                policy="fallback:late:namm/1/x",
+                num_slots_before=1536,
+                num_slots_after=1024,
+                dropped_first=[4, 11],
+                dropped_last=[9, 11],
+                time_ns=1_500_000_000_123_456_789,
+            )
+        )
+
+    assert sidecar.config.audit_file is not None
+    files = sorted(sidecar.config.audit_file.parent.iterdir())
+    lines = [json.loads(line) for path in reversed(files) for line in path.read_text().splitlines()]
+    assert [path.name for path in files] == ["evictions.jsonl", "evictions.jsonl.1", "evictions.jsonl.2"]
+    assert max(path.stat().st_size for path in files) <= 1000
+    assert [line["segment"] for line in lines] == list(range(50 - len(lines), 50))
+    assert lines[-1] == {
+        "time": "2017-07-14T02:40:00.123Z",
+        "stream": STREAM,
+        "segment": 49,
+        "policy": "fallback:late:namm/1/x",
+        "slots_before": 1536,
+        "slots_after": 1024,
+        "dropped": [[4, 9], [11, 11]],
+    }

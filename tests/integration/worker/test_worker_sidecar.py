@@ -1,0 +1,375 @@
+"""Evictions that the sidecar scores, chooses and records, and what happens when it does not."""
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from prometheus_client import REGISTRY
+
+from eunoe.api.v1 import long_context_pb2 as api
+from eunoe.eviction import POLICIES, Namm, tensor_payload
+from eunoe.eviction.backward_attention import NUM_PARAMETERS, BackwardAttention
+from eunoe.eviction.namm import Normalization
+from eunoe.eviction_sidecar import scoring
+from eunoe.eviction_sidecar.config import EvictionSidecarConfig
+from eunoe.eviction_sidecar.sidecar import running_sidecar
+from eunoe.model_worker.worker import ModelWorker
+from eunoe.runtime.errors import PolicyNotFound
+
+Text = Callable[..., bytes]
+
+SERVICES = str(Path(__file__).parents[3] / "services")
+
+
+def a_namm(seed: int) -> Namm:
+    parameters = 0.3 * torch.randn(NUM_PARAMETERS, generator=torch.Generator().manual_seed(seed))
+    normalization = Normalization(torch.full((17,), 0.01), torch.full((17,), 0.02))
+    return Namm(BackwardAttention(parameters), normalization, num_recent_tokens=8)
+
+
+class Installation:
+    """What sidecar and workers of a machine share: policies, a socket, a directory of payloads.
+
+    Attributes:
+        config: Of the sidecar.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.policies_dir = directory / "policies"
+        self.policies_dir.mkdir()
+        (directory / "payloads").mkdir()
+        self.config = EvictionSidecarConfig(
+            listen_address=f"unix:{directory}/sidecar.sock",
+            policies_dir=self.policies_dir,
+            payload_dir=directory / "payloads",
+            audit_file=directory / "audit.jsonl",
+            reload_seconds=0.02,
+        )
+
+    @property
+    def worker_settings(self) -> dict[str, Any]:
+        return {
+            "scoring": "sidecar",
+            "sidecar_address": self.config.listen_address,
+            "policies_dir": self.policies_dir,
+            "payload_dir": self.config.payload_dir,
+        }
+
+    def add(self, stem: str, policy: Namm) -> None:
+        policy.save(self.policies_dir / f"{stem}.safetensors")
+
+    def write_rules(self, text: str) -> None:
+        partial = self.policies_dir / "rules.partial"
+        partial.write_text(text)
+        partial.replace(self.policies_dir / "rules.toml")
+
+    def audit(self) -> list[dict[str, Any]]:
+        assert self.config.audit_file is not None
+        return [json.loads(line) for line in self.config.audit_file.read_text().splitlines()]
+
+
+@pytest.fixture
+def installation() -> Iterator[Installation]:
+    """With the NAMM "random", every stream's policy."""
+    # Not pytest's tmp_path: a socket's path ends at 107 bytes.
+    with tempfile.TemporaryDirectory(prefix="eunoe-sidecar-") as directory:
+        made = Installation(Path(directory))
+        made.add("random", a_namm(0))
+        made.write_rules('default = "random"')
+        yield made
+
+
+@pytest.fixture
+async def sidecar(installation: Installation) -> AsyncIterator[Installation]:
+    """The installation with a sidecar in this process."""
+    async with running_sidecar(installation.config) as server:
+        await server.start()
+        yield installation
+        await server.drain(0)
+
+
+class SidecarProcess:
+    """A sidecar that may be killed, stopped and started again."""
+
+    def __init__(self, config: EvictionSidecarConfig, ready_file: Path) -> None:
+        self._ready_file = ready_file
+        self._environment = {
+            "EUNOE_EVICTION_SIDECAR_LISTEN_ADDRESS": config.listen_address,
+            "EUNOE_EVICTION_SIDECAR_POLICIES_DIR": str(config.policies_dir),
+            "EUNOE_EVICTION_SIDECAR_AUDIT_FILE": str(config.audit_file),
+            "EUNOE_EVICTION_SIDECAR_READY_FILE": str(ready_file),
+            "PYTHONPATH": os.pathsep.join([SERVICES, str(Path(SERVICES).parent / "kernels")]),
+        }
+        self._process: subprocess.Popen[bytes]
+
+    async def start(self) -> None:
+        self._ready_file.unlink(missing_ok=True)
+        command = [sys.executable, "-m", "eunoe.eviction_sidecar"]
+        self._process = subprocess.Popen(command, env={**os.environ, **self._environment})  # noqa: ASYNC220
+        async with asyncio.timeout(50):
+            while not self._ready_file.exists():
+                assert self._process.poll() is None, "the sidecar ended"
+                await asyncio.sleep(0.02)
+
+    def send(self, signal_number: int) -> None:
+        self._process.send_signal(signal_number)
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait(timeout=10)
+
+
+@pytest.fixture
+async def sidecar_process(installation: Installation, tmp_path: Path) -> AsyncIterator[SidecarProcess]:
+    process = SidecarProcess(installation.config, tmp_path / "ready")
+    await process.start()
+    yield process
+    process.kill()
+
+
+async def fold(platform: Any, worker: ModelWorker, name: str, data: bytes) -> Any:
+    """Fold what is full of more text; the stream's record after it."""
+    await platform.append(name, data)
+    return await platform.flush(worker, name)
+
+
+def policies_of(record: Any) -> list[str]:
+    return [run.policy for run in record.manifest.decisions]
+
+
+def num_fallbacks(reason: str) -> float:
+    return REGISTRY.get_sample_value("eunoe_worker_eviction_fallbacks_total", {"reason": reason}) or 0.0
+
+
+@pytest.mark.parametrize("policy", ["random", *(name for name in POLICIES)])
+@pytest.mark.parametrize("has_files", [False, True], ids=["messages", "files"])
+async def test_scores_of_the_sidecar_and_of_the_worker_give_the_same_state(
+    platform: Any, sidecar: Installation, make_text: Text, monkeypatch: pytest.MonkeyPatch, policy: str, has_files: bool
+) -> None:
+    if has_files:
+        monkeypatch.setattr(tensor_payload, "INLINE_BYTES", 0)
+    sidecar.write_rules(f'default = "{policy}"')
+    here = await platform.worker(policies_dir=sidecar.policies_dir, policy=policy)
+    beside = await platform.worker(**sidecar.worker_settings, sidecar_deadline_seconds=10.0)
+    both = await platform.worker(**sidecar.worker_settings | {"scoring": "in_process"}, sidecar_deadline_seconds=10.0)
+    data = make_text(2000)
+
+    digests = {await platform.digest(worker, data) for worker in (here, beside, both)}
+
+    assert len(digests) == 1
+    has_scores = policy != "sinks-recent/1"
+    assert any(Path(sidecar.config.payload_dir or "").iterdir()) == (has_files and has_scores)
+
+
+async def test_a_stream_goes_on_without_a_killed_sidecar_and_comes_back_to_its_policy(
+    platform: Any, installation: Installation, sidecar_process: SidecarProcess, make_text: Text
+) -> None:
+    worker = await platform.worker(**installation.worker_settings)
+    name, namm = await platform.stream(retain_log=True), a_namm(0).name
+    before = num_fallbacks("unavailable")
+    await fold(platform, worker, name, make_text(600, 0))
+
+    sidecar_process.kill()
+    start = time.monotonic()
+    without = await fold(platform, worker, name, make_text(600, 1))
+    seconds = time.monotonic() - start
+    await sidecar_process.start()
+    seed = 2
+    while policies_of(record := await fold(platform, worker, name, make_text(100, seed)))[-1] != namm:
+        seed += 1
+
+    assert policies_of(without) == [namm, f"fallback:unavailable:{namm}"]
+    assert policies_of(record) == [namm, f"fallback:unavailable:{namm}", namm]
+    assert num_fallbacks("unavailable") > before
+    num_segments = (without.manifest.tokens - without.manifest.decisions[1].first_segment * 16) // 16
+    assert seconds < 0.5 * num_segments
+    summary = await platform.verify(await platform.worker(policies_dir=installation.policies_dir), name)
+    assert summary.verdict == api.VERDICT_VERIFIED
+    assert summary.tokens_folded == record.stream.tokens
+
+
+async def test_a_sidecar_that_hangs_costs_one_deadline_and_then_none_for_a_while(
+    platform: Any, installation: Installation, sidecar_process: SidecarProcess, make_text: Text
+) -> None:
+    worker = await platform.worker(**installation.worker_settings)
+    name, namm = await platform.stream(retain_log=True), a_namm(0).name
+    await fold(platform, worker, name, make_text(600, 0))
+
+    sidecar_process.send(signal.SIGSTOP)
+    start = time.monotonic()
+    without = await fold(platform, worker, name, make_text(600, 1))
+    seconds = time.monotonic() - start
+    sidecar_process.send(signal.SIGCONT)
+    seed = 2
+    while policies_of(record := await fold(platform, worker, name, make_text(100, seed)))[-1] != namm:
+        seed += 1
+        await asyncio.sleep(0.1)
+
+    assert policies_of(without) == [namm, f"fallback:late:{namm}"]
+    # Each of more than ten segments asks twice: of all these calls one alone may run into the deadline.
+    assert 0.5 <= seconds < 5.0
+    num_segments = (without.manifest.tokens - without.manifest.decisions[1].first_segment * 16) // 16
+    assert num_segments > 10
+    assert policies_of(record) == [namm, f"fallback:late:{namm}", namm]
+    assert (await platform.verify(worker, name)).verdict == api.VERDICT_VERIFIED
+
+
+@pytest.mark.parametrize(
+    ("broken", "reason"),
+    [
+        (lambda scores: scores.fill_(torch.nan), "bad-scores"),
+        (lambda scores: scores[:, :, 1:], "bad-scores"),
+        (lambda scores: scores.half(), "bad-scores"),
+        (lambda scores: 1 / 0, "refused"),
+    ],
+    ids=["NaN", "another shape", "another dtype", "an error"],
+)
+async def test_nonsense_is_a_fallback(
+    platform: Any, sidecar: Installation, make_text: Text, monkeypatch: pytest.MonkeyPatch, broken: Any, reason: str
+) -> None:
+    worker = await platform.worker(**sidecar.worker_settings, sidecar_deadline_seconds=10.0)
+    name, namm = await platform.stream(retain_log=True), a_namm(0).name
+    await fold(platform, worker, name, make_text(600, 0))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(scoring, "score", lambda policy, features: broken(policy.scores(features)))
+        await fold(platform, worker, name, make_text(600, 1))
+    record = await fold(platform, worker, name, make_text(600, 2))
+
+    assert policies_of(record) == [namm, f"fallback:{reason}:{namm}", namm]
+    assert (await platform.verify(worker, name)).verdict == api.VERDICT_VERIFIED
+
+
+async def test_a_sidecar_of_other_numerics_or_without_the_policy_is_not_listened_to(
+    platform: Any, sidecar: Installation, make_text: Text, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = await platform.worker(**sidecar.worker_settings, sidecar_deadline_seconds=10.0)
+    name, namm = await platform.stream(), a_namm(0).name
+
+    with monkeypatch.context() as patched:
+        patched.setattr(scoring, "scoring_numerics", lambda: "torch-0.4")
+        await fold(platform, worker, name, make_text(600, 0))
+    with monkeypatch.context() as patched:
+        patched.setattr(scoring.Scoring, "_policy", _not_found)
+        record = await fold(platform, worker, name, make_text(600, 1))
+
+    # The first segments evict nothing, so nobody is asked for scores.
+    assert policies_of(record) == [namm, f"fallback:other-numerics:{namm}", f"fallback:unknown-policy:{namm}"]
+
+
+async def test_new_rules_and_parameters_count_from_the_next_segment_on(
+    platform: Any, sidecar: Installation, make_text: Text
+) -> None:
+    worker = await platform.worker(**sidecar.worker_settings, sidecar_deadline_seconds=10.0)
+    name = await platform.stream(retain_log=True)
+    await fold(platform, worker, name, make_text(600, 0))
+
+    sidecar.add("better", a_namm(1))
+    sidecar.write_rules('default = "better"')
+    seed = 1
+    while policies_of(record := await fold(platform, worker, name, make_text(100, seed)))[-1] != a_namm(1).name:
+        seed += 1
+    sidecar.write_rules('default = "no such policy"')
+    record = await fold(platform, worker, name, make_text(600, 1000))
+
+    assert policies_of(record) == [a_namm(0).name, a_namm(1).name]
+    assert (await platform.verify(worker, name)).verdict == api.VERDICT_VERIFIED
+
+
+async def test_streams_have_policies_of_their_own(platform: Any, sidecar: Installation, make_text: Text) -> None:
+    names = [await platform.stream(retain_log=True) for _ in range(3)]
+    sidecar.add("other", a_namm(1))
+    sidecar.write_rules(
+        f"""
+        default = "random"
+        [[rules]]
+        streams = "{names[1]}"
+        policy = "snapkv/1"
+        [[rules]]
+        streams = "tenants/{platform.tenant}/streams/{names[2][-4:]}*"
+        policy = "heavy-hitter/1"
+        [[rules]]
+        streams = "tenants/{platform.tenant}/streams/*{names[2][-6:]}"
+        policy = "other"
+        """
+    )
+    worker = await platform.worker(**sidecar.worker_settings, sidecar_deadline_seconds=10.0)
+    await platform.until(lambda: _is_chosen(worker, names[2], a_namm(1).name))
+
+    records = await asyncio.gather(*(fold(platform, worker, name, make_text(800)) for name in names))
+    before = [record.stream.state_digest for record in records]
+    answers = await asyncio.gather(*(platform.generate(worker, name, text="so", max_tokens=40) for name in names))
+
+    assert [policies_of(record) for record in records] == [[a_namm(0).name], ["snapkv/1"], [a_namm(1).name]]
+    assert len(set(before)) == 3
+    assert all(answer[-1].summary.num_answer_tokens > 16 for answer in answers)
+    for name, digest in zip(names, before, strict=True):
+        assert (await platform.record(name)).stream.state_digest == digest
+        assert (await platform.verify(worker, name)).verdict == api.VERDICT_VERIFIED
+
+
+async def test_a_shadow_is_counted_and_changes_nothing(platform: Any, sidecar: Installation, make_text: Text) -> None:
+    worker = await platform.worker(**sidecar.worker_settings, sidecar_deadline_seconds=10.0)
+    data = make_text(2000)
+    alone = await platform.digest(worker, data)
+    sidecar.add("candidate", a_namm(1))
+    rule = f'[[rules]]\nstreams = "tenants/{platform.tenant}/*"\npolicy = "random"\nshadow = "candidate"'
+    sidecar.write_rules(f'default = "random"\n{rule}')
+    labels = {"policy": a_namm(0).name, "shadow": a_namm(1).name}
+
+    def counted(what: str) -> float:
+        return REGISTRY.get_sample_value(f"eunoe_sidecar_{what}_slots_total", labels) or 0.0
+
+    seed = 0
+    while not counted("compared"):
+        seed += 1
+        assert await platform.digest(worker, data) == alone
+
+    # Sinks and the newest slots are common to all.
+    assert 0.2 < counted("agreed") / counted("compared") < 1.0
+
+
+async def test_the_audit_log_says_what_no_head_keeps_any_more(
+    platform: Any, sidecar: Installation, make_text: Text
+) -> None:
+    worker = await platform.worker(**sidecar.worker_settings, sidecar_deadline_seconds=10.0)
+    name = await platform.stream()
+    record = await fold(platform, worker, name, make_text(2000))
+    num_evictions = record.stream.tokens // 16 - 3
+
+    async def is_written() -> bool:
+        assert sidecar.config.audit_file is not None
+        return sidecar.config.audit_file.exists() and len(sidecar.audit()) == num_evictions
+
+    await platform.until(is_written)
+    lines = sorted(sidecar.audit(), key=lambda line: line["segment"])
+    state = (await worker.streams[name].load()).boundary_copy().state
+    dropped = [position for line in lines for first, last in line["dropped"] for position in range(first, last + 1)]
+
+    assert [line["segment"] for line in lines] == list(range(3, record.stream.tokens // 16))
+    assert {(line["stream"], line["policy"]) for line in lines} == {(name, a_namm(0).name)}
+    assert {(line["slots_before"], line["slots_after"]) for line in lines} == {(64, 48)}
+    assert len(dropped) == len(set(dropped))
+    assert set(dropped) | set(state.positions_LHS.flatten().tolist()) == set(range(record.stream.tokens))
+    assert not set(dropped) & set(state.positions_LHS.flatten().tolist())
+
+
+async def _is_chosen(worker: ModelWorker, stream: str, policy: str) -> bool:
+    sidecar = worker.parts.sidecar
+    assert sidecar is not None
+    choice = await asyncio.to_thread(sidecar.choose, stream, worker.parts.policy)
+    return choice.policy.name == policy
+
+
+def _not_found(scoring: Any, name: str) -> Any:
+    raise PolicyNotFound("it was here yesterday")
