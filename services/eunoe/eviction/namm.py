@@ -12,20 +12,39 @@ Shape suffixes: L KV source layer, H KV head, S slot, F frequency bin, I feature
 """
 
 import hashlib
+import json
+import os
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
+from typing import Self
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from eunoe.eviction.backward_attention import NUM_FEATURES, NUM_PARAMETERS, BackwardAttention
 from eunoe.eviction.policy import Window
 from eunoe.eviction.selection import keep_best, protect
 from eunoe.eviction.spectrogram import AttentionSpectrogram
+from eunoe.runtime.errors import UnknownVersion
 from eunoe_kernels.attention_spectrogram import NUM_BINS
 
 # The published table of ages ends here. A stream does not: what is older looks as old as this.
 _MAX_AGE = 32768
 _NUM_WAVES = (NUM_FEATURES - NUM_BINS) // 2
+
+_FILE_FORMAT = "eunoe-namm"
+_FILE_VERSION = 1
+_FILE_SHAPES = {
+    "parameters": (NUM_PARAMETERS,),
+    "normalization_mean": (NUM_BINS,),
+    "normalization_variance": (NUM_BINS,),
+}
+
+
+class BadNammFile(ValueError):
+    """A file holds no NAMM that could run; the message says why."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,6 +84,62 @@ class Namm:
         """All weights zero: every score is 0, so that the newest slots stay."""
         network = BackwardAttention(torch.zeros(NUM_PARAMETERS))
         return cls(network, Normalization(torch.zeros(NUM_BINS), torch.ones(NUM_BINS)))
+
+    @classmethod
+    def load(cls, path: Path | str) -> Self:
+        """The policy in a file that `save` wrote.
+
+        Raises:
+            BadNammFile: If it is another file, or a part of it is missing or no number.
+            UnknownVersion: If a later release wrote it.
+            OSError: If it cannot be read.
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise BadNammFile(f"{path} is no safetensors file: {error}") from None
+        if metadata.get("format") != _FILE_FORMAT:
+            raise BadNammFile(f"{path} holds no NAMM: its format is {metadata.get('format')!r}")
+        if metadata.get("version") != str(_FILE_VERSION):
+            found = metadata.get("version", "")
+            if not found.isdecimal():
+                raise BadNammFile(f"{path}: version {found!r} is no number")
+            raise UnknownVersion(f"{path} is a NAMM of version {found}", found=int(found), known=_FILE_VERSION)
+        for name, shape in _FILE_SHAPES.items():
+            if name not in tensors or tensors[name].shape != shape or tensors[name].dtype != torch.float32:
+                raise BadNammFile(f"{path}: {name} is not float32 {shape}")
+            if not tensors[name].isfinite().all():
+                raise BadNammFile(f"{path}: {name} has values that are no numbers")
+        if (tensors["normalization_variance"] < 0).any():
+            raise BadNammFile(f"{path}: normalization_variance is negative")
+        try:
+            settings = json.loads(metadata["settings"])
+            return cls(
+                BackwardAttention(tensors["parameters"], settings.pop("attention")),
+                Normalization(tensors["normalization_mean"], tensors["normalization_variance"]),
+                AttentionSpectrogram(settings.pop("num_observed_queries"), settings.pop("is_packed")),
+                **settings,
+            )
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise BadNammFile(f"{path}: its settings cannot be used: {error}") from None
+
+    def save(self, path: Path | str) -> None:
+        """Write parameters, constants and settings as safetensors, all or nothing."""
+        tensors = (self.network.parameters, self.normalization.mean, self.normalization.variance)
+        settings = {
+            "attention": self.network.attention,
+            "num_observed_queries": self.statistics.num_observed_queries,
+            "is_packed": self.statistics.is_packed,
+            "num_recent_tokens": self.num_recent_tokens,
+            "threshold": self.threshold,
+            "num_spare_slots": self.num_spare_slots,
+        }
+        metadata = {"format": _FILE_FORMAT, "version": str(_FILE_VERSION), "settings": json.dumps(settings)}
+        beside = Path(f"{path}.new")
+        save_file(dict(zip(_FILE_SHAPES, tensors, strict=True)), beside, metadata=metadata)
+        os.replace(beside, path)
 
     @cached_property
     def name(self) -> str:
