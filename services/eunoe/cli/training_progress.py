@@ -59,4 +59,4 @@ class TrainingProgress:
             parts.append(f"validation {generation.validation:8.4f}")
         parts.append(f"sigma {generation.sigma:.4f}  {generation.num_evaluations} evaluations")
         parts.append(f"{generation.seconds:.1f} s")
-        self._progress.console.print("  ".join(parts), highlight=False)
+        self._progress.console.print("  ".join(parts), highlight=False, soft_wrap=True)

@@ -21,7 +21,7 @@ from typing import Self
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from eunoe.eviction.backward_attention import NUM_FEATURES, NUM_PARAMETERS, BackwardAttention
 from eunoe.eviction.policy import Window
@@ -138,7 +138,7 @@ class Namm:
         }
         metadata = {"format": _FILE_FORMAT, "version": str(_FILE_VERSION), "settings": json.dumps(settings)}
         beside = Path(f"{path}.new")
-        save_file(dict(zip(_FILE_SHAPES, tensors, strict=True)), beside, metadata=metadata)
+        beside.write_bytes(save(dict(zip(_FILE_SHAPES, tensors, strict=True)), metadata=metadata))
         os.replace(beside, path)
 
     @cached_property

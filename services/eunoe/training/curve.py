@@ -4,8 +4,8 @@ import io
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib as mpl
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from eunoe.training.evolution import Generation
 from eunoe.training.run_directory import write_whole
@@ -27,7 +27,7 @@ def draw_curve(generations: Sequence[Generation], path: Path) -> None:
     sigma_axes.plot(numbers, [generation.sigma for generation in evolved])
     sigma_axes.set_ylabel("sigma")
     sigma_axes.set_xlabel("generation")
+    sigma_axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     content = io.BytesIO()
-    with mpl.rc_context({"font.family": "DejaVu Sans"}):
-        figure.savefig(content, format="png", dpi=120)
+    figure.savefig(content, format="png", dpi=120)
     write_whole(path, content.getvalue())

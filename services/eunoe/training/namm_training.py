@@ -21,7 +21,7 @@ import torch
 
 from eunoe.eviction import Namm
 from eunoe.training.curve import draw_curve
-from eunoe.training.evolution import Evolution, EvolutionSettings, Generation
+from eunoe.training.evolution import Evaluate, Evolution, EvolutionSettings, Generation
 from eunoe.training.policy_objective import ObjectiveSettings, ObjectiveWorker
 from eunoe.training.racing import Unit
 from eunoe.training.run_directory import RunDirectory, write_whole
@@ -80,32 +80,27 @@ def train_namm(training: NammTraining, num_generations: int, watcher: Watcher) -
         Unavailable: If no worker starts.
     """
     with RunDirectory(training.directory, _settings(training)) as run:
-        cases = ray.put(list(training.cases))
-
-        def open_pool(namm: Namm) -> WorkerPool:
-            arguments = (training.model_path, cases, namm, training.objective, training.num_threads)
-            return WorkerPool(
-                ObjectiveWorker, arguments, num_workers=training.num_workers, num_cpus=training.num_threads
-            )
-
-        start_path = training.directory / "start.safetensors"
-        if not start_path.exists():
-            start = training.start
-            if not training.keeps_normalization:
-                with open_pool(start) as pool:
-                    start = _normalized(start, pool, training, watcher)
-            start.save(start_path)
-        start = Namm.load(start_path)
-        with open_pool(start) as pool:
+        arguments = (
+            training.model_path,
+            ray.put(list(training.cases)),
+            training.start.statistics,
+            training.objective,
+            training.num_threads,
+        )
+        with WorkerPool(
+            ObjectiveWorker, arguments, num_workers=training.num_workers, num_cpus=training.num_threads
+        ) as pool:
+            start = _start(training, pool, watcher)
             evolution = Evolution(
                 training.evolution,
                 start.network.parameters.numpy(),
                 len(training.cases),
-                _evaluator(pool, watcher.advanced),
+                _evaluator(start, pool, watcher.advanced),
                 run.generations,
             )
             while evolution.num_generations < num_generations:
-                watcher.began(f"generation {evolution.num_generations + 1}", _most_calls(training.evolution, evolution))
+                number = evolution.num_generations + 1
+                watcher.began(f"generation {number}", _most_calls(training.evolution, number))
                 generation = evolution.step()
                 run.append(generation)
                 _write_results(run, training, start, evolution)
@@ -136,30 +131,40 @@ def _digest_of_model(directory: Path) -> str:
     return digest.hexdigest()
 
 
-def _normalized(namm: Namm, pool: WorkerPool, training: NammTraining, watcher: Watcher) -> Namm:
-    num_cases = min(training.num_normalization_cases, len(training.cases))
-    watcher.began("normalization", num_cases)
-    calls = [Call((prompt,), key=prompt) for prompt in range(num_cases)]
-    return replace(namm, normalization=normalization_of(pool.map("moments", calls, watcher.advanced)))
+def _start(training: NammTraining, pool: WorkerPool, watcher: Watcher) -> Namm:
+    """The policy to begin with, as an earlier run wrote it, or with its constants."""
+    path = training.directory / "start.safetensors"
+    if not path.exists():
+        start = training.start
+        if not training.keeps_normalization:
+            num_cases = min(training.num_normalization_cases, len(training.cases))
+            watcher.began("normalization", num_cases)
+            calls = [Call((prompt,), key=prompt) for prompt in range(num_cases)]
+            start = replace(start, normalization=normalization_of(pool.map("moments", calls, watcher.advanced)))
+        start.save(path)
+    return Namm.load(path)
 
 
-def _evaluator(pool: WorkerPool, on_done: Callable[[], None]) -> Callable[[Parameters, list[Unit]], list[float]]:
+def _evaluator(start: Namm, pool: WorkerPool, on_done: Callable[[], None]) -> Evaluate:
     def evaluate(members: Parameters, units: list[Unit]) -> list[float]:
-        rows = {member: ray.put(members[member]) for member in {member for member, _ in units}}
-        return pool.map("fitness", [Call((rows[member], prompt), key=prompt) for member, prompt in units], on_done)
+        policies = {member: ray.put(_policy(start, members[member])) for member in {member for member, _ in units}}
+        calls = [Call((policies[member], prompt), key=prompt) for member, prompt in units]
+        return pool.map("fitness", calls, on_done)
 
     return evaluate
 
 
-def _most_calls(settings: EvolutionSettings, evolution: Evolution) -> int:
-    number = evolution.num_generations + 1
+def _policy(start: Namm, parameters: Parameters) -> Namm:
+    return replace(start, network=replace(start.network, parameters=torch.tensor(parameters)))
+
+
+def _most_calls(settings: EvolutionSettings, number: int) -> int:
     num_calls = settings.population * settings.num_prompts if number else 0
     return num_calls + (settings.num_validation_prompts if number % settings.validation_interval == 0 else 0)
 
 
 def _write_results(run: RunDirectory, training: NammTraining, start: Namm, evolution: Evolution) -> Namm:
-    network = replace(start.network, parameters=torch.from_numpy(evolution.best.copy()))
-    best = replace(start, network=network)
+    best = _policy(start, evolution.best)
     best.save(run.path / "policy.safetensors")
     card = {
         "kind": "namm",

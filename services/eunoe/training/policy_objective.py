@@ -1,4 +1,4 @@
-"""How well a model answers, and reads on, when a NAMM decides what a bounded memory keeps: what evolution maximises.
+"""How well a model answers, and reads on, when a policy decides what a bounded memory keeps: what evolution maximises.
 
     fitness = min(0, answer - answer_full) + w min(0, reading - reading_full)
 
@@ -19,9 +19,9 @@ import torch
 
 from eunoe.decoder.decoder import Decoder
 from eunoe.decoder.memory_state import MemorySettings, MemoryState
-from eunoe.eviction import EvictionPolicy, Namm, SinksRecent, Statistics, Window
+from eunoe.eviction import EvictionPolicy, SinksRecent, Statistics, Window
+from eunoe.eviction.spectrogram import AttentionSpectrogram
 from eunoe.training.spectrogram_moments import Moments
-from eunoe.training.strategy import Parameters
 from eunoe.training.tasks.case import Case, TokenIds
 
 # Memories before the first eviction that one worker keeps: SmolLM2's take 62 MB each at the default budget.
@@ -66,17 +66,19 @@ class PolicyObjective:
     Args:
         decoder: The model.
         cases: Prompt i is case i.
-        namm: All of the policy but its parameters.
+        statistics: Of the policies that are judged.
         settings: What fitness means.
 
     Raises:
         ValueError: If a case's context is so short that nothing is evicted, or it has no question or answer.
     """
 
-    def __init__(self, decoder: Decoder, cases: Sequence[Case], namm: Namm, settings: ObjectiveSettings) -> None:
+    def __init__(
+        self, decoder: Decoder, cases: Sequence[Case], statistics: AttentionSpectrogram, settings: ObjectiveSettings
+    ) -> None:
         self._decoder = decoder
         self._cases = cases
-        self._namm = namm
+        self._statistics = statistics
         self._settings = settings
         self._full: dict[int, Likelihoods] = {}
         self._prepared: OrderedDict[int, MemoryState] = OrderedDict()
@@ -92,17 +94,14 @@ class PolicyObjective:
             if not len(case.question) or not len(case.answer):
                 raise ValueError(f"case {index} has no question or no answer")
 
-    def fitness(self, parameters: Parameters, prompt: int) -> float:
+    def fitness(self, policy: EvictionPolicy, prompt: int) -> float:
         """At most 0.
 
         Args:
-            parameters: Of the network, float32 [4172].
+            policy: With this objective's statistics, or none.
             prompt: Number of the case.
         """
         case, full = self._cases[prompt], self._full_likelihoods(prompt)
-        # What came through Ray's object store is read-only, which torch warns of.
-        network = replace(self._namm.network, parameters=torch.from_numpy(np.array(parameters)))
-        policy = replace(self._namm, network=network)
         state = self._prepared_state(prompt).copy()
         state.evict(policy.keep(state, self._settings.memory.kv_budget_tokens))
         bounded = self._read(state, policy, case)
@@ -112,23 +111,23 @@ class PolicyObjective:
     def moments(self, prompt: int) -> Moments:
         """Of the spectrograms of all slots at every boundary of a case's context, with a full cache."""
         context = self._cases[prompt].context
-        statistics = self._namm.statistics
-        state = self._decoder.new_state(self._full_memory(len(context)), self._namm)
+        keep_all = _KeepAll(self._statistics)
+        state = self._decoder.new_state(self._full_memory(len(context)), keep_all)
         parts = []
         length = self._settings.memory.segment_length
         for start in range(0, len(context) - length + 1, length):
-            self._decoder.prefill(state, context[start : start + length], _KeepAll(statistics))
+            self._decoder.prefill(state, context[start : start + length], keep_all)
             assert state.statistics_LHSB is not None
-            spectrogram, _ = statistics.unpack(state.statistics_LHSB)
+            spectrogram, _ = self._statistics.unpack(state.statistics_LHSB)
             parts.append(Moments.of(spectrogram.flatten(0, -2)))
         return reduce(Moments.merged, parts)
 
     def _prepared_state(self, prompt: int) -> MemoryState:
         """The memory when the first eviction is due. No policy has had an influence on it."""
         if prompt not in self._prepared:
-            state = self._decoder.new_state(self._settings.memory, self._namm)
-            context = self._cases[prompt].context[: self._first_eviction]
-            self._decoder.prefill(state, context, _KeepAll(self._namm.statistics))
+            keep_all = _KeepAll(self._statistics)
+            state = self._decoder.new_state(self._settings.memory, keep_all)
+            self._decoder.prefill(state, self._cases[prompt].context[: self._first_eviction], keep_all)
             self._prepared[prompt] = state
             if len(self._prepared) > _MAX_PREPARED:
                 self._prepared.popitem(last=False)
@@ -170,9 +169,14 @@ class ObjectiveWorker(PolicyObjective):
     """A `PolicyObjective` in a process of its own, which loads its model from a directory."""
 
     def __init__(
-        self, model_path: Path, cases: Sequence[Case], namm: Namm, settings: ObjectiveSettings, num_threads: int
+        self,
+        model_path: Path,
+        cases: Sequence[Case],
+        statistics: AttentionSpectrogram,
+        settings: ObjectiveSettings,
+        num_threads: int,
     ) -> None:
-        super().__init__(Decoder.load(model_path, num_threads=num_threads), cases, namm, settings)
+        super().__init__(Decoder.load(model_path, num_threads=num_threads), cases, statistics, settings)
 
 
 def _mean_log_likelihood(logits_TV: torch.Tensor, token_ids: TokenIds) -> float:

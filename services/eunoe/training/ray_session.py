@@ -1,5 +1,6 @@
 """A connection to Ray for as long as a job runs. Nothing here imports Ray before its environment is set."""
 
+import logging
 import os
 import tempfile
 from collections.abc import Iterator
@@ -32,7 +33,7 @@ def ray_session(address: str | None = None, *, num_cpus: int | None = None, num_
             arguments = local_ray_arguments(Path(directory), num_cpus or os.cpu_count() or 1)
         else:
             arguments = {"address": address}
-        ray.init(**arguments, log_to_driver=False)
+        ray.init(**arguments, log_to_driver=False, logging_level=logging.WARNING)
         try:
             yield
         finally:
