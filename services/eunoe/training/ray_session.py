@@ -2,6 +2,7 @@
 
 import logging
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,7 +26,10 @@ def ray_session(address: str | None = None, *, num_cpus: int | None = None, num_
         ConnectionError: If no cluster answers.
     """
     if address is None:
-        os.environ.update(local_ray_environment(num_threads))
+        assert "ray" not in sys.modules or "RAY_AUTH_MODE" in os.environ, (
+            "Ray was imported before its environment was set"
+        )
+        os.environ.update(local_ray_environment(num_threads) | os.environ)
     import ray
 
     with tempfile.TemporaryDirectory(prefix="eunoe-ray-", ignore_cleanup_errors=True) as directory:

@@ -3,6 +3,7 @@
 import time
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -102,7 +103,10 @@ class WorkerPool:
             self._grow()
             for worker in self._workers:
                 if waiting and worker.is_ready and worker.call is None:
-                    worker.call = self._take(worker, waiting, calls)
+                    taken = {key for each in self._workers for key in each.keys}
+                    worker.call = choose_call(waiting, calls, worker.keys, taken)
+                    waiting.remove(worker.call)
+                    worker.keys.add(calls[worker.call].key)
                     reference = getattr(worker.actor, method).remote(*calls[worker.call].arguments)
                     self._in_flight[reference] = worker
             ready, _ = ray.wait(list(self._in_flight), timeout=_LOOK_INTERVAL_SECONDS)
@@ -120,7 +124,7 @@ class WorkerPool:
                             raise Unavailable(f"{_MAX_LOSSES} workers died of the same call: {error}") from None
                     continue
                 except RayTaskError as error:
-                    raise error.cause from None
+                    raise error.cause from error
                 if index is None:
                     worker.is_ready, self._num_failed_starts = True, 0
                     continue
@@ -155,12 +159,20 @@ class WorkerPool:
             if self._num_failed_starts == _MAX_LOSSES:
                 raise Unavailable(f"no worker starts: {error}") from None
 
-    def _take(self, worker: _Worker, waiting: list[int], calls: Sequence[Call]) -> int:
-        """Out of `waiting`: a call with a key of this worker's, else one with a key of nobody's, else the first."""
-        own = next((index for index in waiting if calls[index].key in worker.keys), None)
-        if own is None:
-            taken = set().union(*(each.keys for each in self._workers))
-            own = next((index for index in waiting if calls[index].key not in taken), waiting[0])
-        waiting.remove(own)
-        worker.keys.add(calls[own].key)
-        return own
+
+def choose_call(
+    waiting: Sequence[int], calls: Sequence[Call], own: AbstractSet[Hashable], taken: AbstractSet[Hashable]
+) -> int:
+    """Which of the waiting calls a worker gets: one with a key of its own, else with a key of nobody's, else the first.
+
+    Args:
+        waiting: Indices of calls, one or more.
+        calls: All calls.
+        own: Keys that the worker has had.
+        taken: Keys that any worker has had.
+    """
+    for is_wanted in (own.__contains__, lambda key: key not in taken):
+        found = next((index for index in waiting if is_wanted(calls[index].key)), None)
+        if found is not None:
+            return found
+    return waiting[0]
