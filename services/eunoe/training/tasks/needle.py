@@ -77,7 +77,6 @@ _WORDS = _listed(
     "marble lantern copper walnut velvet anchor pepper saddle thunder candle ribbon kettle feather orchard magnet"
     " violin basket hammer pillow tunnel"
 )
-_VARIABLES = _listed("alpha beta gamma delta sigma omega")
 _VERBS = _listed("parse load merge flush fetch decode verify rebuild")
 _ADJECTIVES = _listed("sorted frozen remote nested hidden empty binary stale")
 _NOUNS = _listed("frames users events blocks tokens packets queues tables")
@@ -124,12 +123,6 @@ KINDS: dict[str, NeedleKind] = {
             _of("The function that reads the {key} is called {value}."),
             _of("To read the {key}, call {value}."),
         ),
-    ),
-    "variables": NeedleKind(
-        keys=_VARIABLES,
-        draw=_five_digits,
-        training=(_of("Assign: {key} = {value}."),),
-        test=(_of("Set: {key} := {value}."),),
     ),
     "votes": NeedleKind(
         keys=(),

@@ -30,10 +30,9 @@ SUITE: tuple[tuple[str, str], ...] = (
     ("multi-key", "identifiers"),
     ("multi-value", "numbers"),
     ("multi-value", "words"),
-    ("variable-tracking", "variables"),
     ("common-words", "votes"),
 )
-"""Every (task, kind)."""
+"""Every (task, kind). RULER's variable tracking is not among them: with its full cache a 135M model tracks none."""
 
 
 def suite(num_tokens: int, num_cases: int, *, seed: int, split: Split, tokenizer: Tokenizer) -> list[Case]:
@@ -140,15 +139,6 @@ def _multi_value(generator: random.Random, kind: NeedleKind, template: Template)
     return Asked([asked, repeated], f"{repeated} {template.question.format(key=key)}", values[0], 2)
 
 
-def _variable_tracking(generator: random.Random, kind: NeedleKind, template: Template) -> Asked:
-    """Two variables with values, and two that are set to them; which others have a value that is named?"""
-    first, second, other, another = generator.sample(kind.keys, 4)
-    value, other_value = _different_values(generator, kind, 2)
-    pairs = ((second, first), (first, value), (other, other_value), (another, other))
-    sentences = [template.sentence.format(key=key, value=given) for key, given in pairs]
-    return Asked(sentences, f"The variables with the value {value} are {first} and", second, 2)
-
-
 def _common_words(generator: random.Random, kind: NeedleKind, template: Template) -> Asked:
     """A sentence six times with one word and twice with others; which word comes most often?"""
     word, *others = _different_values(generator, kind, 3)
@@ -168,6 +158,5 @@ TASKS: dict[str, Callable[[random.Random, NeedleKind, Template], Asked]] = {
     "single": _single,
     "multi-key": _multi_key,
     "multi-value": _multi_value,
-    "variable-tracking": _variable_tracking,
     "common-words": _common_words,
 }
