@@ -17,13 +17,14 @@ train = typer.Typer(help="Train parts of a model, on Ray.", no_args_is_help=True
 @train.command("namm")
 def _namm(
     out: Annotated[Path, typer.Option(help="Directory of the run; one that was interrupted there goes on.")],
-    text: Annotated[Path, typer.Option(help="Text file (or .gz) that the cases are cut out of.")],
     model: Annotated[str, typer.Option(help="As in `eunoe up`.")] = DEFAULT_MODEL,
     generations: Annotated[int, typer.Option(min=0, help="How many in all, earlier runs counted.")] = 200,
     start: Annotated[
         Path | None, typer.Option(help="NAMM to begin with, its normalization kept; default: all parameters zero.")
     ] = None,
-    budget: Annotated[int, typer.Option(min=2, help="Slots a head keeps while it is trained.")] = 1024,
+    share: Annotated[
+        float, typer.Option(help="What the memory may have of the bytes of a full cache, while it is trained.")
+    ] = 0.25,
     segment: Annotated[int, typer.Option(min=1, help="Tokens of a segment.")] = 512,
     context: Annotated[int, typer.Option(min=1, help="Tokens of a case's context.")] = 4096,
     cases: Annotated[int, typer.Option(min=2, help="Cases, the 8 for validation among them.")] = 64,
@@ -34,7 +35,9 @@ def _namm(
         Literal["separable", "full"],
         typer.Option(help="What is learned of the distribution's shape: a variance each, or a matrix (slow)."),
     ] = "separable",
-    reading_weight: Annotated[float, typer.Option(help="What ordinary reading counts beside answers.")] = 0.1,
+    reading_weight: Annotated[
+        float, typer.Option(help="What the cases count, one of four, that ask for nothing but to read on.")
+    ] = 0.25,
     race: Annotated[bool, typer.Option(help="Drop members that are clearly behind after 4, 8, ... prompts.")] = True,
     seed: Annotated[int, typer.Option(min=0, help="Of cases, samples and prompts.")] = 0,
     workers: Annotated[
@@ -59,28 +62,22 @@ def _namm(
     with ray_session(ray_address, num_cpus=workers and workers * threads, num_threads=threads):
         # They import Ray, which has its environment only now.
         from eunoe.cli.training_progress import TrainingProgress
-        from eunoe.decoder.memory_state import MemorySettings
         from eunoe.decoder.tokenizer import Tokenizer
         from eunoe.eviction import Namm
         from eunoe.training.evolution import EvolutionSettings
-        from eunoe.training.namm_training import NammTraining, train_namm
+        from eunoe.training.namm_training import NammTraining, open_workers, train_namm
         from eunoe.training.policy_objective import ObjectiveSettings
         from eunoe.training.racing import RaceSettings
-        from eunoe.training.text_cases import read_text, text_cases
+        from eunoe.training.tasks.training_mix import training_mix
 
-        content, digest = read_text(text)
         training = NammTraining(
             directory=out,
             model_path=model_path,
-            cases=text_cases(
-                Tokenizer.load(model_path), content, num_cases=cases, num_context_tokens=context, seed=seed
-            ),
-            data={"text": text.name, "sha256": digest, "cases": cases, "context": context, "seed": seed},
+            cases=training_mix(context, cases, seed=seed, tokenizer=Tokenizer.load(model_path)),
+            data={"cases": cases, "context": context, "seed": seed, "split": "train"},
             start=Namm.untrained() if start is None else Namm.load(start),
             keeps_normalization=start is not None,
-            objective=ObjectiveSettings(
-                memory=MemorySettings(kv_budget_tokens=budget, segment_length=segment), reading_weight=reading_weight
-            ),
+            objective=ObjectiveSettings(share=share, segment_length=segment, reading_weight=reading_weight),
             evolution=EvolutionSettings(
                 population=population,
                 sigma=sigma,
@@ -92,8 +89,9 @@ def _namm(
             num_workers=workers,
             num_threads=threads,
         )
-        with TrainingProgress(on_generation=_print_generation if json_output else None) as progress:
-            policy = train_namm(training, generations, progress)
+        on_generation = _print_generation if json_output else None
+        with open_workers(training) as pool, TrainingProgress(on_generation) as progress:
+            policy = train_namm(training, generations, progress, pool)
     if json_output:
         print_json({"name": policy.name, "policy": str(out / "policy.safetensors")})
     else:

@@ -16,7 +16,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-import ray
 import torch
 
 from eunoe.eviction import Namm
@@ -69,42 +68,58 @@ class Watcher(Protocol):
         """A generation is done and written down."""
 
 
-def train_namm(training: NammTraining, num_generations: int, watcher: Watcher) -> Namm:
-    """Run until a number of generations is done, those of earlier runs counted, and return the best policy.
+class Pool(Protocol):
+    """Objectives that answer calls: `WorkerPool`, as far as it is needed here."""
 
-    Ray must be initialised. What is interrupted goes on after the last whole generation when it is called again.
+    def share(self, value: Any) -> Any:
+        """What stands for a value in many calls, so that it travels once."""
 
-    Raises:
-        BadRunDirectory: If the directory holds another run.
-        ValueError: If there are too few cases, or a context is too short for anything to be evicted.
-        Unavailable: If no worker starts.
-    """
-    with RunDirectory(training.directory, _settings(training)) as run:
-        arguments = (
+    def map(self, method: str, calls: Sequence[Call], on_done: Callable[[], None]) -> list[Any]:
+        """Call a method of `PolicyObjective`."""
+
+
+def open_workers(training: NammTraining) -> WorkerPool:
+    """Workers for `train_namm`, on the Ray that is connected; they start when there is work."""
+    return WorkerPool(
+        ObjectiveWorker,
+        (
             training.model_path,
-            ray.put(list(training.cases)),
+            list(training.cases),
             training.start.statistics,
             training.objective,
             training.num_threads,
+        ),
+        num_workers=training.num_workers,
+        num_cpus=training.num_threads,
+    )
+
+
+def train_namm(training: NammTraining, num_generations: int, watcher: Watcher, pool: Pool) -> Namm:
+    """Run until a number of generations is done, those of earlier runs counted, and return the best policy.
+
+    What is interrupted goes on after the last whole generation when it is called again.
+
+    Raises:
+        BadRunDirectory: If the directory holds another run.
+        ValueError: If there are too few cases, or one that cannot be used.
+        Unavailable: If no worker starts.
+    """
+    with RunDirectory(training.directory, _settings(training)) as run:
+        start = _start(training, pool, watcher)
+        evolution = Evolution(
+            training.evolution,
+            start.network.parameters.numpy(),
+            len(training.cases),
+            _evaluator(start, pool, watcher.advanced),
+            run.generations,
         )
-        with WorkerPool(
-            ObjectiveWorker, arguments, num_workers=training.num_workers, num_cpus=training.num_threads
-        ) as pool:
-            start = _start(training, pool, watcher)
-            evolution = Evolution(
-                training.evolution,
-                start.network.parameters.numpy(),
-                len(training.cases),
-                _evaluator(start, pool, watcher.advanced),
-                run.generations,
-            )
-            while evolution.num_generations < num_generations:
-                number = evolution.num_generations + 1
-                watcher.began(f"generation {number}", _most_calls(training.evolution, number))
-                generation = evolution.step()
-                run.append(generation)
-                _write_results(run, training, start, evolution)
-                watcher.ended(generation)
+        while evolution.num_generations < num_generations:
+            number = evolution.num_generations + 1
+            watcher.began(f"generation {number}", _most_calls(training.evolution, number))
+            generation = evolution.step()
+            run.append(generation)
+            _write_results(run, training, start, evolution)
+            watcher.ended(generation)
         # Once more: the last run may have been killed before it had written them.
         return _write_results(run, training, start, evolution)
 
@@ -131,7 +146,7 @@ def _digest_of_model(directory: Path) -> str:
     return digest.hexdigest()
 
 
-def _start(training: NammTraining, pool: WorkerPool, watcher: Watcher) -> Namm:
+def _start(training: NammTraining, pool: Pool, watcher: Watcher) -> Namm:
     """The policy to begin with, as an earlier run wrote it, or with its constants."""
     path = training.directory / "start.safetensors"
     if not path.exists():
@@ -145,9 +160,9 @@ def _start(training: NammTraining, pool: WorkerPool, watcher: Watcher) -> Namm:
     return Namm.load(path)
 
 
-def _evaluator(start: Namm, pool: WorkerPool, on_done: Callable[[], None]) -> Evaluate:
+def _evaluator(start: Namm, pool: Pool, on_done: Callable[[], None]) -> Evaluate:
     def evaluate(members: Parameters, units: list[Unit]) -> list[float]:
-        policies = {member: ray.put(_policy(start, members[member])) for member in {member for member, _ in units}}
+        policies = {member: pool.share(_policy(start, members[member])) for member in {member for member, _ in units}}
         calls = [Call((policies[member], prompt), key=prompt) for member, prompt in units]
         return pool.map("fitness", calls, on_done)
 

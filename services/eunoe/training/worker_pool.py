@@ -21,7 +21,7 @@ class Call:
     """One call of an actor's method.
 
     Attributes:
-        arguments: Of the method; an object reference arrives as what it refers to.
+        arguments: Of the method; what is shared arrives as itself.
         key: Whoever had a call with this key before is preferred: it may have something prepared.
     """
 
@@ -42,7 +42,7 @@ class WorkerPool:
 
     Args:
         actor_class: Made on each worker with `arguments`.
-        arguments: As a `Call`'s.
+        arguments: Sent to each node once.
         num_workers: None: as many as the cluster has CPUs for, looked at again every few seconds.
         num_cpus: Of a worker.
 
@@ -54,7 +54,7 @@ class WorkerPool:
         self, actor_class: type, arguments: tuple[Any, ...], *, num_workers: int | None = None, num_cpus: int = 1
     ) -> None:
         self._remote = ray.remote(num_cpus=num_cpus, max_restarts=0)(actor_class)
-        self._arguments = arguments
+        self._arguments = [ray.put(argument) for argument in arguments]
         self._num_workers = num_workers
         self._num_cpus = num_cpus
         self._workers: list[_Worker] = []
@@ -75,6 +75,10 @@ class WorkerPool:
             ray.kill(worker.actor)
         self._workers.clear()
         self._in_flight.clear()
+
+    def share(self, value: Any) -> Any:
+        """What stands for a value as an argument of many calls, so that it is sent to each node once."""
+        return ray.put(value)
 
     def map(self, method: str, calls: Sequence[Call], on_done: Callable[[], None] = lambda: None) -> list[Any]:
         """What the method returns for each call, in the order of the calls. After an error the pool is closed.

@@ -9,15 +9,17 @@ from eunoe.decoder.config import Dtypes
 from eunoe.decoder.decoder import Decoder
 from eunoe.decoder.memory_state import MemorySettings
 from eunoe.decoder.tiny import tiny_config
-from eunoe.eviction import EvictionPolicy, Namm, SinksRecent
+from eunoe.decoder.tokenizer import Tokenizer
+from eunoe.eviction import Namm
 from eunoe.eviction.backward_attention import NUM_PARAMETERS, BackwardAttention
 from eunoe.eviction.spectrogram import AttentionSpectrogram
+from eunoe.training.evaluation import Evaluation
 from eunoe.training.policy_objective import ObjectiveSettings, PolicyObjective
 from eunoe.training.spectrogram_moments import normalization_of
 from eunoe.training.tasks.case import Case
+from eunoe.training.tasks.continuation import continuations
 
-MEMORY = MemorySettings(kv_budget_tokens=48, segment_length=32, num_sink_tokens=4)
-SETTINGS = ObjectiveSettings(memory=MEMORY, reading_weight=0.5)
+SETTINGS = ObjectiveSettings(share=0.5, segment_length=32, reading_weight=0.5)
 
 
 @pytest.fixture(scope="module")
@@ -27,8 +29,8 @@ def decoder() -> Decoder:
 
 def a_case(num_context_tokens: int = 150, seed: int = 0, **parts: Any) -> Case:
     ids = np.random.default_rng(seed).integers(0, 512, num_context_tokens + 20)
-    pieces = {"context": ids[:-20], "question": ids[-20:-12], "answer": ids[-12:]} | parts
-    return Case(task="", kind="", haystack="book", is_held_out=False, needles=(), **pieces)
+    pieces = {"context": ids[:-20], "question": ids[-20:-12], "answer": ids[-12:], "task": "single"} | parts
+    return Case(kind="", haystack="book", is_held_out=False, needles=(), **pieces)
 
 
 def a_namm(seed: int = 0) -> Namm:
@@ -36,34 +38,24 @@ def a_namm(seed: int = 0) -> Namm:
     return replace(Namm.untrained(), network=BackwardAttention(parameters), num_recent_tokens=8)
 
 
-def an_objective(decoder: Decoder, *cases: Case, settings: ObjectiveSettings = SETTINGS) -> PolicyObjective:
-    return PolicyObjective(decoder, cases, AttentionSpectrogram(), settings)
+def an_objective(decoder: Decoder, *cases: Case, **settings: Any) -> PolicyObjective:
+    return PolicyObjective(decoder, cases, AttentionSpectrogram(), replace(SETTINGS, **settings))
 
 
-def likelihoods(decoder: Decoder, case: Case, policy: EvictionPolicy, memory: MemorySettings) -> tuple[float, float]:
-    """Of the answer, and of the context after token 128, a token: without anything prepared."""
-    state = decoder.new_state(memory, policy)
-    context = decoder.prefill(state, case.context, policy, logits="all")
-    rest = decoder.prefill(state, np.concatenate([case.question, case.answer]), policy, logits="all")
-    assert context is not None
-    assert rest is not None
-    answer = rest.log_softmax(-1)[len(case.question) - 1 : -1][range(len(case.answer)), case.answer]
-    reading = context.log_softmax(-1)[128:-1][range(len(case.context) - 129), case.context[129:]]
-    return float(answer.double().mean()), float(reading.double().mean())
+@pytest.mark.parametrize("share", [0.3, 0.5, 0.9])
+@pytest.mark.parametrize("num_context_tokens", [127, 128, 129, 150])
+def test_fitness_is_what_is_lost_a_token_against_a_full_cache(
+    decoder: Decoder, share: float, num_context_tokens: int
+) -> None:
+    cases = [a_case(num_context_tokens, seed) for seed in range(4)]
+    evaluation = Evaluation(decoder=decoder, share=share, segment_length=32)
+    objective = an_objective(decoder, *cases, share=share)
 
-
-@pytest.mark.parametrize("policy", [a_namm(), Namm.untrained(), SinksRecent()], ids=["namm", "untrained", "recent"])
-def test_fitness_is_what_is_lost_against_a_full_cache(decoder: Decoder, policy: EvictionPolicy) -> None:
-    cases = [a_case(seed=seed) for seed in range(4)]
-    objective = an_objective(decoder, *cases)
-
-    losses = []
     for prompt, case in enumerate(cases):
-        answer, reading = likelihoods(decoder, case, policy, MEMORY)
-        full_answer, full_reading = likelihoods(decoder, case, SinksRecent(), replace(MEMORY, kv_budget_tokens=200))
-        losses.append(min(0, answer - full_answer) + 0.5 * min(0, reading - full_reading))
-        assert objective.fitness(policy, prompt) == pytest.approx(losses[-1], abs=1e-5)
-    assert min(losses) < -0.01
+        # Read from the start, without anything prepared.
+        bounded, full = evaluation.score(case, a_namm()), evaluation.score(case, None)
+        loss = min(0.0, bounded.log_likelihood - full.log_likelihood) / 12
+        assert objective.fitness(a_namm(), prompt) == loss
 
 
 def test_fitness_does_not_depend_on_what_was_asked_before(decoder: Decoder) -> None:
@@ -86,34 +78,25 @@ def test_what_the_policy_keeps_matters_to_fitness(decoder: Decoder) -> None:
     assert len(set(fitness)) == 4
 
 
-def test_without_weight_reading_does_not_count(decoder: Decoder) -> None:
-    case = a_case()
-    answers = replace(SETTINGS, reading_weight=0.0)
+def test_reading_on_counts_by_its_weight(decoder: Decoder) -> None:
+    cases = [a_case(seed=seed, task=task) for seed in range(4) for task in ("single", "continuation")]
+    objective = an_objective(decoder, *cases, reading_weight=0.5)
 
-    without = an_objective(decoder, case, settings=answers).fitness(a_namm(), 0)
+    fitness = [objective.fitness(a_namm(), prompt) for prompt in range(8)]
 
-    answer, _ = likelihoods(decoder, case, a_namm(), MEMORY)
-    full_answer, _ = likelihoods(decoder, case, SinksRecent(), replace(MEMORY, kv_budget_tokens=200))
-    assert without == pytest.approx(min(0, answer - full_answer), abs=1e-5)
-
-
-@pytest.mark.parametrize("num_context_tokens", [64, 65, 96, 97])
-def test_contexts_around_a_boundary_have_a_fitness(decoder: Decoder, num_context_tokens: int) -> None:
-    assert -20 < an_objective(decoder, a_case(num_context_tokens)).fitness(a_namm(), 0) <= 0
+    assert fitness[1::2] == [value / 2 for value in fitness[::2]]
+    assert min(fitness) < 0
 
 
-@pytest.mark.parametrize(
-    ("case", "reason"),
-    [
-        (a_case(63), "nothing is evicted before 64"),
-        (a_case(question=np.empty(0, np.int64)), "no question"),
-        (a_case(answer=np.empty(0, np.int64)), "or no answer"),
-    ],
-    ids=["short", "no question", "no answer"],
-)
-def test_cases_that_say_nothing_are_refused(decoder: Decoder, case: Case, reason: str) -> None:
-    with pytest.raises(ValueError, match=f"case 1 .*{reason}"):
-        an_objective(decoder, a_case(), case)
+@pytest.mark.parametrize(("share", "reason"), [(1.7, "100 tokens of context for 1"), (0.01, "must be from 0 to below")])
+def test_budgets_that_evict_nothing_or_have_no_room_are_refused(decoder: Decoder, share: float, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        an_objective(decoder, a_case(100), share=share)
+
+
+def test_a_question_longer_than_a_segment_is_refused(decoder: Decoder) -> None:
+    with pytest.raises(ValueError, match="case 1 asks 42 tokens, a segment has 32"):
+        an_objective(decoder, a_case(), a_case(question=np.zeros(30, np.int64)))
 
 
 def test_a_negative_weight_is_refused() -> None:
@@ -122,7 +105,7 @@ def test_a_negative_weight_is_refused() -> None:
 
 
 def test_normalization_is_of_all_slots_at_every_boundary_of_a_full_cache(decoder: Decoder) -> None:
-    cases = [a_case(100), a_case(150, seed=1)]
+    cases = [a_case(96), a_case(150, seed=1)]
     objective = an_objective(decoder, *cases)
 
     normalization = normalization_of([objective.moments(0), objective.moments(1)])
@@ -130,11 +113,21 @@ def test_normalization_is_of_all_slots_at_every_boundary_of_a_full_cache(decoder
     seen = []
     policy, statistics = Namm.untrained(), AttentionSpectrogram()
     for case in cases:
-        state = decoder.new_state(replace(MEMORY, kv_budget_tokens=200), policy)
-        for start in range(0, len(case.context) - 31, 32):
+        state = decoder.new_state(MemorySettings(kv_budget_tokens=200, segment_length=32), policy)
+        for start in range(0, len(case.context), 32):
             decoder.prefill(state, case.context[start : start + 32], policy)
             assert state.statistics_LHSB is not None
             seen.append(statistics.unpack(state.statistics_LHSB)[0].flatten(0, -2))
     bins = torch.cat(seen).double()
     torch.testing.assert_close(normalization.mean, bins.mean(dim=0).float())
     torch.testing.assert_close(normalization.variance, bins.var(dim=0, correction=0).float())
+
+
+def test_a_continuation_is_a_piece_of_text_whose_answer_goes_on(tokenizer: Tokenizer) -> None:
+    made = continuations(300, 4, seed=0, split="train", tokenizer=tokenizer)
+
+    assert [case.haystack for case in made] == ["book", "code"] * 2
+    assert {(len(case.context), len(case.question), len(case.answer)) for case in made} == {(300, 16, 64)}
+    assert len({case.context.tobytes() for case in made}) == 4
+    again = continuations(300, 4, seed=0, split="train", tokenizer=tokenizer)
+    assert [case.answer.tolist() for case in again] == [case.answer.tolist() for case in made]

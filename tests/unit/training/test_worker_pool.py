@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
 
 from eunoe.runtime.errors import Unavailable
 from eunoe.training.worker_pool import Call, WorkerPool, choose_call
 
-pytestmark = pytest.mark.usefixtures("local_ray")
+# A Ray takes ten seconds to start where nothing else runs.
+pytestmark = [pytest.mark.usefixtures("local_ray"), pytest.mark.timeout(120)]
 
 
 def squares() -> type:
@@ -43,10 +43,8 @@ def squares() -> type:
 
 def test_results_come_in_the_order_of_the_calls(tmp_path: Path) -> None:
     done: list[None] = []
-    number = ray.put(30)
-
     with WorkerPool(squares(), (tmp_path,), num_workers=2) as pool:
-        calls = [*(Call((index,), key=index % 3) for index in range(30)), Call((number,))]
+        calls = [*(Call((index,), key=index % 3) for index in range(30)), Call((pool.share(30),))]
         results = pool.map("square", calls, lambda: done.append(None))
 
     assert results == [index**2 for index in range(31)]
