@@ -7,6 +7,11 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 # The tiny model has nothing to share out: on a busy machine two threads take ten times as long as one.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from eunoe.runtime.local_ray import local_ray_environment
+
+# Before anything imports Ray, which then believes what it finds.
+os.environ.update(local_ray_environment(num_threads=1))
+
 import signal
 import subprocess
 import tempfile

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from eunoe.cli import administration, answers, ingest, local, streams, verification
+from eunoe.cli import administration, answers, ingest, local, streams, training, verification
 from eunoe.cli.connect import ConnectionOptions, NotReachable
 
 EXIT_ERROR, EXIT_USAGE, EXIT_NOT_FOUND, EXIT_UNAVAILABLE, EXIT_INTERRUPTED = 1, 2, 3, 4, 130
@@ -71,6 +71,7 @@ for command in (
 ):
     app.command(command.__name__.rstrip("_"))(command)
 app.add_typer(administration.keys, name="keys")
+app.add_typer(training.train, name="train")
 
 
 def main() -> None:

@@ -5,18 +5,16 @@ SIGTERM drains: workers commit their streams and give them back, then Ray ends w
 
 import dataclasses
 import os
-import secrets
 import signal
 from dataclasses import dataclass
 from pathlib import Path
 
 from eunoe.runtime.config import from_env
 from eunoe.runtime.grpc_server import write_ready_file
+from eunoe.runtime.local_ray import local_ray_arguments, local_ray_environment
 
-# Ray's own floor is 75 MB. Tensors never go through the object store: it holds Serve's small change.
-OBJECT_STORE_BYTES = 200 * 1000 * 1000
-# Logical: Ray's own actors and every worker must be placed, whatever the machine has.
-NUM_LOGICAL_CPUS = 16
+# Ray's own actors and every worker must be placed, whatever the machine has.
+_NUM_LOGICAL_CPUS = 16
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,21 +54,7 @@ class RayHostConfig:
 def main() -> None:
     """Run until SIGTERM."""
     config = from_env(RayHostConfig, "EUNOE_RAY_HOST")
-    # Read when Ray is imported, and by the processes that it starts.
-    os.environ.update(
-        {
-            "RAY_USAGE_STATS_ENABLED": "0",
-            "RAY_SERVE_ENABLE_HA_PROXY": "0",
-            "RAY_OBJECT_STORE_ALLOW_SLOW_STORAGE": "1",
-            "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
-            # Ray's ports listen on every interface, whatever it is told; this token keeps others out.
-            "RAY_AUTH_MODE": "token",
-            "RAY_AUTH_TOKEN": secrets.token_hex(32),
-            "OMP_NUM_THREADS": str(config.num_threads),
-            # Ray would run the workers at nice 15, where any other process starves them.
-            "RAY_worker_niceness": "0",
-        }
-    )
+    os.environ.update(local_ray_environment(config.num_threads), RAY_SERVE_ENABLE_HA_PROXY="0")
     import ray
     from ray import serve
     from ray.serve.config import gRPCOptions
@@ -78,15 +62,7 @@ def main() -> None:
     from eunoe.model_worker.config import WorkerConfig
     from eunoe.serve_apps.model_worker import build_app
 
-    ray.init(
-        num_cpus=NUM_LOGICAL_CPUS,
-        object_store_memory=OBJECT_STORE_BYTES,
-        include_dashboard=False,
-        # Not the address of some network, which may go away.
-        _node_ip_address="127.0.0.1",
-        _temp_dir=str(config.temp_dir),
-        namespace="eunoe",
-    )
+    ray.init(**local_ray_arguments(config.temp_dir, _NUM_LOGICAL_CPUS))
     # After ray.init, which installs a handler of its own.
     for signal_number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signal_number, _exit)

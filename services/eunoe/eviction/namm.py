@@ -21,7 +21,7 @@ from typing import Self
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from eunoe.eviction.backward_attention import NUM_FEATURES, NUM_PARAMETERS, BackwardAttention
 from eunoe.eviction.policy import Window, WindowShape, keep_by_scores
@@ -34,7 +34,8 @@ from eunoe_kernels.attention_spectrogram import NUM_BINS
 _MAX_AGE = 32768
 _NUM_WAVES = (NUM_FEATURES - NUM_BINS) // 2
 
-_FILE_FORMAT = "eunoe-namm"
+# The one entry of the file's metadata, {"version", settings} as JSON: of several, safetensors shuffles the order.
+_FILE_METADATA = "eunoe-namm"
 _FILE_VERSION = 1
 _FILE_SHAPES = {
     "parameters": (NUM_PARAMETERS,),
@@ -100,13 +101,13 @@ class Namm:
                 tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
         except SafetensorError as error:
             raise BadNammFile(f"{path} is no safetensors file: {error}") from None
-        if metadata.get("format") != _FILE_FORMAT:
-            raise BadNammFile(f"{path} holds no NAMM: its format is {metadata.get('format')!r}")
-        if metadata.get("version") != str(_FILE_VERSION):
-            found = metadata.get("version", "")
-            if not found.isdecimal():
-                raise BadNammFile(f"{path}: version {found!r} is no number")
-            raise UnknownVersion(f"{path} is a NAMM of version {found}", found=int(found), known=_FILE_VERSION)
+        try:
+            settings = json.loads(metadata[_FILE_METADATA])
+            version = int(settings.pop("version"))
+        except (KeyError, TypeError, AttributeError, ValueError):
+            raise BadNammFile(f"{path} holds no NAMM: its metadata does not say so") from None
+        if version != _FILE_VERSION:
+            raise UnknownVersion(f"{path} is a NAMM of version {version}", found=version, known=_FILE_VERSION)
         for name, shape in _FILE_SHAPES.items():
             if name not in tensors or tensors[name].shape != shape or tensors[name].dtype != torch.float32:
                 raise BadNammFile(f"{path}: {name} is not float32 {shape}")
@@ -115,20 +116,20 @@ class Namm:
         if (tensors["normalization_variance"] < 0).any():
             raise BadNammFile(f"{path}: normalization_variance is negative")
         try:
-            settings = json.loads(metadata["settings"])
             return cls(
                 BackwardAttention(tensors["parameters"], settings.pop("attention")),
                 Normalization(tensors["normalization_mean"], tensors["normalization_variance"]),
                 AttentionSpectrogram(settings.pop("num_observed_queries"), settings.pop("is_packed")),
                 **settings,
             )
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise BadNammFile(f"{path}: its settings cannot be used: {error}") from None
 
     def save(self, path: Path | str) -> None:
         """Write parameters, constants and settings as safetensors, all or nothing."""
         tensors = (self.network.parameters, self.normalization.mean, self.normalization.variance)
         settings = {
+            "version": _FILE_VERSION,
             "attention": self.network.attention,
             "num_observed_queries": self.statistics.num_observed_queries,
             "is_packed": self.statistics.is_packed,
@@ -136,9 +137,9 @@ class Namm:
             "threshold": self.threshold,
             "num_spare_slots": self.num_spare_slots,
         }
-        metadata = {"format": _FILE_FORMAT, "version": str(_FILE_VERSION), "settings": json.dumps(settings)}
+        metadata = {_FILE_METADATA: json.dumps(settings)}
         beside = Path(f"{path}.new")
-        save_file(dict(zip(_FILE_SHAPES, tensors, strict=True)), beside, metadata=metadata)
+        beside.write_bytes(save(dict(zip(_FILE_SHAPES, tensors, strict=True)), metadata=metadata))
         os.replace(beside, path)
 
     @cached_property

@@ -37,6 +37,9 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
         (["keys", "list"], 4, "no platform runs here"),
         (["up", "--model", "nonsense"], 4, "no model"),
         (["up", "--workers", "0"], 2, "--workers"),
+        (["train", "namm"], 2, "--out"),
+        (["train", "namm", "--out", "run", "--covariance", "?"], 2, "--covariance"),
+        (["train", "namm", "--out", "run", "--model", "nonsense"], 4, "no model"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else str(value),
 )

@@ -1,0 +1,287 @@
+"""What does a policy's memory still know, at equal bytes? Questions about a book and about code, and perplexity.
+
+A context is read, compressed, and only then asked about; its memory has 25% or 50% of the full cache's bytes, with all
+that a policy keeps of each slot. Every policy answers the same cases, and intervals are bootstrap ones of 95%.
+Held-out cases have templates, whole kinds of needles, verses and sources that training never has; trained ones are new
+draws of what it has. Scores are kept in a file, so that a run can go on and policies be added.
+
+retrieval_share_*: held-out cases that the first --policy answers, as a share of those that the full cache answers.
+lead_over_best_25_lower: the lower end of the interval of its lead over the best other, as a share of the cases.
+perplexity_ratio_*: its perplexity over the full cache's, on the book's end as a stream.
+"""
+
+import argparse
+import json
+import subprocess
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+
+import matplotlib as mpl
+import numpy as np
+from _quality_results import Key, Results, digest
+from _report import Report, arguments
+
+from eunoe.decoder.decoder import Decoder
+from eunoe.decoder.tokenizer import Tokenizer
+from eunoe.embedded.models import DEFAULT_MODEL, resolve_model
+from eunoe.eviction import POLICIES, EvictionPolicy, Namm
+from eunoe.training.bootstrap import difference_interval, mean_interval
+from eunoe.training.evaluation import Evaluation, Score
+from eunoe.training.tasks.case import Case
+from eunoe.training.tasks.haystack import lines
+from eunoe.training.tasks.suite import suite
+
+OUT = Path(__file__).parents[1] / "out"
+PRESSES = ("StreamingLLM", "TOVA", "SnapKV", "ExpectedAttention", "Knorm", "LagKV", "KeyDiff")
+# Not a seed that anybody trains with.
+SEED = 20_000
+
+
+@dataclass(frozen=True)
+class Contender:
+    """Somebody who answers. `name` is its own in the file of scores; ours have a policy, the full cache and presses
+    have none.
+    """
+
+    label: str
+    name: str
+    policy: EvictionPolicy | None = None
+
+
+def main() -> None:
+    """Ask everybody everything, and print and plot what came of it."""
+    options = parsed_options()
+    report = Report("eviction_quality", as_json=options.json)
+    _, directory = resolve_model(DEFAULT_MODEL, on_step=report.say)
+    tokenizer, decoder = Tokenizer.load(directory), Decoder.load(directory, num_threads=options.threads)
+    suffix = f", {options.positions}, {decoder.model_digest[:12]}"
+    full = Contender("full cache", f"full-cache{suffix}")
+    policies: dict[str, EvictionPolicy] = {path.stem: Namm.load(path) for path in options.policy}
+    policies |= {name.partition("/")[0]: policy for name, policy in POLICIES.items()}
+    ours = [Contender(label, policy.name + suffix, policy) for label, policy in policies.items()]
+    presses = []
+    if options.kvpress_python:
+        command = "from importlib.metadata import version; print(version('kvpress'))"
+        version = subprocess.check_output([options.kvpress_python, "-c", command], text=True).strip()
+        presses = [Contender(f"kvpress {press}", f"kvpress/{version}/{press}Press") for press in PRESSES]
+
+    cases = {digest(case): case for case in drawn_cases(options, tokenizer)}
+    results = Results(options.results)
+
+    def evaluation(share: float) -> Evaluation:
+        return Evaluation(decoder=decoder, share=share, positions=options.positions)
+
+    ask_ours(report, results, cases, [full], [1.0], evaluation)
+    ask_ours(report, results, cases, ours, options.shares, evaluation)
+    ask_presses(report, results, cases, presses, options, directory, str(decoder.dtypes.compute).partition(".")[2])
+
+    others = [*ours[len(options.policy) :], *presses]
+    for share in options.shares:
+        tabulate(report, results, cases, full, [*ours, *presses], share)
+        if options.policy:
+            lead(report, results, cases, full, ours[0], others, share)
+    perplexities(report, tokenizer, evaluation, ours, options)
+    if options.shares:
+        plot(options.plot, results, cases, full, [*ours, *presses], options.shares)
+        report.say(f"  plotted in {options.plot}")
+    report.finish()
+
+
+def parsed_options() -> argparse.Namespace:
+    """Sizes that --quick makes smaller are options too."""
+    parser = arguments(__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--policy", type=Path, action="append", default=[], help="a NAMM's file; may come again")
+    parser.add_argument("--kvpress-python", type=Path, help="of an environment with kvpress (make kvpress-env)")
+    parser.add_argument("--lengths", type=int, nargs="+", help="tokens of the contexts (default: 1024 2048 4096)")
+    parser.add_argument("--shares", type=float, nargs="+", help="of the full cache's bytes (default: 0.25 0.5)")
+    parser.add_argument("--cases", type=int, help="held out, a length (default: 72); half as many trained ones")
+    parser.add_argument("--positions", choices=("compact", "original"), default="compact", help="as of a stream")
+    parser.add_argument("--perplexity-tokens", type=int, help="of the book's end (default: 8192)")
+    parser.add_argument("--results", type=Path, default=OUT / "eviction_quality.jsonl", help="where scores are kept")
+    parser.add_argument("--plot", type=Path, default=OUT / "eviction_quality.png")
+    options = parser.parse_args()
+    options.lengths = options.lengths or ([1024] if options.quick else [1024, 2048, 4096])
+    options.shares = options.shares or ([0.25] if options.quick else [0.25, 0.5])
+    options.cases = options.cases or (12 if options.quick else 72)
+    options.perplexity_tokens = options.perplexity_tokens or (2048 if options.quick else 8192)
+    return options
+
+
+def drawn_cases(options: argparse.Namespace, tokenizer: Tokenizer) -> list[Case]:
+    """Of all lengths, held-out ones and trained ones."""
+    drawn = []
+    for num_tokens in options.lengths:
+        drawn += suite(num_tokens, options.cases, seed=SEED, split="test", tokenizer=tokenizer)
+        drawn += suite(num_tokens, options.cases // 2, seed=SEED, split="train", tokenizer=tokenizer)
+    return drawn
+
+
+def ask_ours(
+    report: Report,
+    results: Results,
+    cases: dict[str, Case],
+    contenders: list[Contender],
+    shares: list[float],
+    evaluation: Callable[[float], Evaluation],
+) -> None:
+    """Score what is not known yet, case by case: what a stopped run leaves is paired."""
+    for index, (case_digest, case) in enumerate(cases.items()):
+        for share in shares:
+            for contender in contenders:
+                key = Key(contender.name, share, case_digest)
+                if key not in results:
+                    report.progress(f"{contender.label}: case {index + 1} of {len(cases)}, {len(case.context)} tokens")
+                    results.add(key, evaluation(share).score(case, contender.policy))
+
+
+def ask_presses(
+    report: Report,
+    results: Results,
+    cases: dict[str, Case],
+    presses: list[Contender],
+    options: argparse.Namespace,
+    model: Path,
+    dtype: str,
+) -> None:
+    """Have kvpress score what is not known yet, in its own environment. It needs no more bytes of a slot than keys and
+    values, so that it keeps a quarter of the slots at a quarter of the bytes.
+    """
+    jobs = [
+        {
+            "press": press.name.rpartition("/")[2],
+            "share": share,
+            "case": case_digest,
+            "context": case.context.tolist(),
+            "question": case.question.tolist(),
+            "answer": case.answer.tolist(),
+        }
+        for case_digest, case in cases.items()
+        for share in options.shares
+        for press in presses
+        if Key(press.name, share, case_digest) not in results
+    ]
+    if not jobs:
+        return
+    command = [options.kvpress_python, Path(__file__).with_name("_kvpress_peer.py")]
+    given = json.dumps({"model": str(model), "dtype": dtype, "threads": options.threads, "jobs": jobs})
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write(given)
+        process.stdin.close()
+        for index, line in enumerate(process.stdout):
+            report.progress(f"kvpress: {index + 1} of {len(jobs)}")
+            found = json.loads(line)
+            key = Key(found.pop("policy"), found.pop("share"), found.pop("case"))
+            results.add(key, Score(**found))
+    if process.returncode:
+        raise SystemExit(f"kvpress ended with status {process.returncode}")
+
+
+def tabulate(
+    report: Report, results: Results, cases: dict[str, Case], full: Contender, contenders: list[Contender], share: float
+) -> None:
+    """exact_*: share of the held-out cases that are answered; below, lines of parts of them for people."""
+    held_out = [name for name, case in cases.items() if case.is_held_out]
+    percent = round(100 * share)
+    report.say(f"  with {percent}% of the bytes, {len(held_out)} held-out cases of {len(cases)}")
+    for contender in [full, *contenders]:
+        at = share if contender is not full else 1.0
+        exact = results.exact(contender.name, at, held_out)
+        low, high = mean_interval(exact)
+        likelihood = mean(results.log_likelihoods(contender.name, at, held_out))
+        label = contender.label.replace(" ", "_")
+        report.add(f"exact_{percent}_{label}", mean(exact), f"[{low:.3f}, {high:.3f}], {likelihood:.2f} nats an answer")
+    parts: dict[str, list[str]] = {}
+    for name, case in cases.items():
+        who = "held out" if case.is_held_out else "trained"
+        for part in (f"{len(case.context)} tokens", case.haystack, case.task, f"needle {case.kind}"):
+            parts.setdefault(f"{who}, {part}", []).append(name)
+        parts.setdefault(who, []).append(name)
+    labels = [full.label, *(contender.label.removeprefix("kvpress ") for contender in contenders)]
+    report.say(" " * 34 + " ".join(f"{label[:12]:>12}" for label in labels))
+    for part, names in sorted(parts.items()):
+        shares = [mean(results.exact(full.name, 1.0, names))]
+        shares += [mean(results.exact(contender.name, share, names)) for contender in contenders]
+        report.say(f"  {part:26} {len(names):4} " + " ".join(f"{value:12.2f}" for value in shares))
+
+
+def lead(
+    report: Report,
+    results: Results,
+    cases: dict[str, Case],
+    full: Contender,
+    subject: Contender,
+    others: list[Contender],
+    share: float,
+) -> None:
+    """retrieval_share_* and lead_over_best_*_lower of the first policy, over the held-out cases."""
+    held_out = [name for name, case in cases.items() if case.is_held_out]
+    percent = round(100 * share)
+    own = results.exact(subject.name, share, held_out)
+    answered = sum(results.exact(full.name, 1.0, held_out))
+    report.add(f"retrieval_share_{percent}", sum(own) / max(answered, 1), f"of what the full cache answers, {answered}")
+    theirs = {other.label: results.exact(other.name, share, held_out) for other in others}
+    for label, exact in theirs.items():
+        low, high = difference_interval(own, exact)
+        report.say(f"  leads {label} by {mean(own) - mean(exact):.3f} [{low:.3f}, {high:.3f}]")
+    best = max(theirs, key=lambda label: mean(theirs[label]))
+    report.add(f"lead_over_best_{percent}_lower", difference_interval(own, theirs[best])[0], f"the best is {best}")
+
+
+def perplexities(
+    report: Report,
+    tokenizer: Tokenizer,
+    evaluation: Callable[[float], Evaluation],
+    ours: list[Contender],
+    options: argparse.Namespace,
+) -> None:
+    """perplexity_ratio_*: over the full cache's; shares are of the bytes that the whole text's cache has."""
+    # More characters than so many tokens have.
+    text = "".join(lines("book", "test"))[: 8 * options.perplexity_tokens]
+    token_ids = np.asarray(tokenizer.encode(text)[: options.perplexity_tokens], dtype=np.int64)
+    report.progress("perplexity: full cache")
+    full = evaluation(1.0).perplexity(token_ids, None)
+    report.add("perplexity_full_cache", full, f"of {len(token_ids)} tokens")
+    for share in options.shares:
+        for index, contender in enumerate(ours):
+            report.progress(f"perplexity: {contender.label}")
+            ratio = evaluation(share).perplexity(token_ids, contender.policy) / full
+            is_subject = index == 0 and options.policy
+            name = "" if is_subject else f"_{contender.label}"
+            report.add(f"perplexity_ratio_{round(100 * share)}{name}", ratio, "times the full cache's")
+
+
+def plot(
+    path: Path,
+    results: Results,
+    cases: dict[str, Case],
+    full: Contender,
+    contenders: list[Contender],
+    shares: Iterable[float],
+) -> None:
+    """A bar with its interval for everybody, a panel for each share of bytes."""
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    held_out = [name for name, case in cases.items() if case.is_held_out]
+    shares = list(shares)
+    figure, axes = plt.subplots(1, len(shares), figsize=(5 * len(shares) + 2, 5), sharey=True, squeeze=False)
+    for axis, share in zip(axes[0], shares, strict=True):
+        exact = [(contender.label, results.exact(contender.name, share, held_out)) for contender in contenders]
+        exact.sort(key=lambda pair: mean(pair[1]))
+        means = np.array([mean(values) for _, values in exact])
+        ends = np.array([mean_interval(values) for _, values in exact])
+        axis.barh([label for label, _ in exact], means, xerr=np.abs(ends.T - means), color="#4477aa", ecolor="#222222")
+        axis.axvline(mean(results.exact(full.name, 1.0, held_out)), color="#222222", linestyle="--", label=full.label)
+        axis.set(title=f"{100 * share:.0f}% of the bytes", xlabel="held-out cases answered", xlim=(0, 1))
+        axis.legend(loc="lower right")
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""Training: offline jobs on Ray."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from eunoe.cli.local import DEFAULT_MODEL
+from eunoe.cli.output import JsonOption, note, print_json
+
+if TYPE_CHECKING:
+    from eunoe.training.evolution import Generation
+
+train = typer.Typer(help="Train parts of a model, on Ray.", no_args_is_help=True, rich_markup_mode=None)
+
+
+@train.command("namm")
+def _namm(
+    out: Annotated[Path, typer.Option(help="Directory of the run; one that was interrupted there goes on.")],
+    model: Annotated[str, typer.Option(help="As in `eunoe up`.")] = DEFAULT_MODEL,
+    generations: Annotated[int, typer.Option(min=0, help="How many in all, earlier runs counted.")] = 200,
+    start: Annotated[
+        Path | None, typer.Option(help="NAMM to begin with, its normalization kept; default: all parameters zero.")
+    ] = None,
+    share: Annotated[
+        float, typer.Option(help="What the memory may have of the bytes of a full cache, while it is trained.")
+    ] = 0.25,
+    segment: Annotated[int, typer.Option(min=1, help="Tokens of a segment.")] = 512,
+    context: Annotated[int, typer.Option(min=1, help="Tokens of a case's context.")] = 4096,
+    cases: Annotated[int, typer.Option(min=2, help="Cases, the 8 for validation among them.")] = 64,
+    prompts: Annotated[int, typer.Option(min=1, help="Cases that a generation is evaluated on.")] = 16,
+    population: Annotated[int, typer.Option(min=4, help="Members of a generation.")] = 32,
+    sigma: Annotated[float, typer.Option(help="First standard deviation of every parameter.")] = 0.065,
+    covariance: Annotated[
+        Literal["separable", "full"],
+        typer.Option(help="What is learned of the distribution's shape: a variance each, or a matrix (slow)."),
+    ] = "separable",
+    reading_weight: Annotated[
+        float, typer.Option(help="What the cases count, one of four, that ask for nothing but to read on.")
+    ] = 0.25,
+    race: Annotated[bool, typer.Option(help="Drop members that are clearly behind after 4, 8, ... prompts.")] = True,
+    seed: Annotated[int, typer.Option(min=0, help="Of cases, samples and prompts.")] = 0,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Default: as many as there are CPUs for, now and later.")
+    ] = None,
+    threads: Annotated[int, typer.Option(min=1, help="Threads, and Ray's CPUs, of each worker.")] = 1,
+    ray_address: Annotated[
+        str | None, typer.Option(help="Ray cluster to use (auto, host:port); default: a Ray of this machine alone.")
+    ] = None,
+    json_output: JsonOption = False,
+) -> None:
+    """Evolve the NAMM that decides what a bounded memory keeps. Ctrl-C stops; the same command goes on.
+
+    The memory is as small while the policy is trained as it will be when it is served: a member's fitness is what the
+    model loses in log-likelihood a token against a cache from which nothing is evicted, at best 0. Writes
+    policy.safetensors, card.json and curve.png into the run's directory after every generation.
+    """
+    from eunoe.embedded.models import resolve_model
+    from eunoe.training.ray_session import ray_session
+
+    _, model_path = resolve_model(model, on_step=note)
+    with ray_session(ray_address, num_cpus=workers and workers * threads, num_threads=threads):
+        # They import Ray, which has its environment only now.
+        from eunoe.cli.training_progress import TrainingProgress
+        from eunoe.decoder.tokenizer import Tokenizer
+        from eunoe.eviction import Namm
+        from eunoe.training.evolution import EvolutionSettings
+        from eunoe.training.namm_training import NammTraining, open_workers, train_namm
+        from eunoe.training.policy_objective import ObjectiveSettings
+        from eunoe.training.racing import RaceSettings
+        from eunoe.training.tasks.training_mix import training_mix
+
+        training = NammTraining(
+            directory=out,
+            model_path=model_path,
+            cases=training_mix(context, cases, seed=seed, tokenizer=Tokenizer.load(model_path)),
+            data={"cases": cases, "context": context, "seed": seed, "split": "train"},
+            start=Namm.untrained() if start is None else Namm.load(start),
+            keeps_normalization=start is not None,
+            objective=ObjectiveSettings(share=share, segment_length=segment, reading_weight=reading_weight),
+            evolution=EvolutionSettings(
+                population=population,
+                sigma=sigma,
+                covariance=covariance,
+                seed=seed,
+                num_prompts=prompts,
+                race=RaceSettings() if race else None,
+            ),
+            num_workers=workers,
+            num_threads=threads,
+        )
+        on_generation = _print_generation if json_output else None
+        with open_workers(training) as pool, TrainingProgress(on_generation) as progress:
+            policy = train_namm(training, generations, progress, pool)
+    if json_output:
+        print_json({"name": policy.name, "policy": str(out / "policy.safetensors")})
+    else:
+        print(f"{policy.name} is in {out / 'policy.safetensors'}; card.json says what it was made from")
+
+
+def _print_generation(generation: "Generation") -> None:
+    print_json(
+        {
+            "generation": generation.number,
+            "best": generation.best_fitness,
+            "mean": generation.mean_fitness,
+            "validation": generation.validation,
+            "sigma": generation.sigma,
+            "evaluations": generation.num_evaluations,
+            "seconds": generation.seconds,
+        }
+    )

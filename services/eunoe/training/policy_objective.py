@@ -1,0 +1,131 @@
+"""How well a model answers when a policy decides what a bounded memory keeps: what evolution maximises.
+
+    fitness = min(0, log-likelihood of the answer, a token, - the same with a full cache)
+
+Doing better than the full cache is not rewarded: that would be learning the cases. Cases that only go on reading
+(`continuation`) count by a weight.
+"""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import reduce
+from pathlib import Path
+
+from eunoe.decoder.decoder import Decoder
+from eunoe.decoder.memory_state import MemoryState
+from eunoe.eviction import EvictionPolicy
+from eunoe.eviction.spectrogram import AttentionSpectrogram
+from eunoe.training.evaluation import Evaluation, KeepAll
+from eunoe.training.spectrogram_moments import Moments
+from eunoe.training.tasks.case import Case
+from eunoe.training.tasks.continuation import TASK as READING
+
+# Memories before the first eviction that one worker keeps: SmolLM2's take 62 MB each with 1,024 slots and a segment.
+_MAX_PREPARED = 16
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ObjectiveSettings:
+    """What fitness means."""
+
+    share: float = 0.25
+    """What the memory may have of a full cache's bytes; see `Evaluation`."""
+    segment_length: int = 512
+    """As of the streams that it will be used for."""
+    reading_weight: float = 0.25
+    """What a case that only goes on reading counts."""
+
+    def __post_init__(self) -> None:
+        if not self.reading_weight >= 0:
+            raise ValueError(f"{self.reading_weight=} is below 0")
+
+
+class PolicyObjective:
+    """Cases, and the model that answers them. Deterministic on one machine, whatever was asked before.
+
+    Args:
+        decoder: The model.
+        cases: Prompt i is case i.
+        statistics: Of the policies that are judged.
+        settings: What fitness means.
+
+    Raises:
+        ValueError: If a case's whole context fits into its budget, or nothing does, or its question and answer do not
+            fit into a segment.
+    """
+
+    def __init__(
+        self, decoder: Decoder, cases: Sequence[Case], statistics: AttentionSpectrogram, settings: ObjectiveSettings
+    ) -> None:
+        self._decoder = decoder
+        self._cases = cases
+        self._keep_all = KeepAll(statistics)
+        self._statistics = statistics
+        self._settings = settings
+        self._evaluation = Evaluation(decoder=decoder, share=settings.share, segment_length=settings.segment_length)
+        self._full: dict[int, float] = {}
+        self._prepared: OrderedDict[int, MemoryState] = OrderedDict()
+        for index, case in enumerate(cases):
+            budget = self._evaluation.settings(len(case.context), self._keep_all).kv_budget_tokens
+            if budget >= len(case.context):
+                raise ValueError(f"case {index} has {len(case.context)} tokens of context for {budget} slots")
+            num_asked = len(case.question) + len(case.answer)
+            if num_asked > settings.segment_length:
+                raise ValueError(f"case {index} asks {num_asked} tokens, a segment has {settings.segment_length}")
+
+    def fitness(self, policy: EvictionPolicy, prompt: int) -> float:
+        """At most 0.
+
+        Args:
+            policy: With this objective's statistics.
+            prompt: Number of the case.
+        """
+        case = self._cases[prompt]
+        if prompt not in self._full:
+            self._full[prompt] = self._evaluation.score(case, None).log_likelihood
+        bounded = self._evaluation.score(case, policy, start=self._unevicted(prompt, policy)).log_likelihood
+        weight = self._settings.reading_weight if case.task == READING else 1.0
+        return weight * min(0.0, bounded - self._full[prompt]) / len(case.answer)
+
+    def moments(self, prompt: int) -> Moments:
+        """Of the spectrograms of all slots at every boundary of a case's context, with a full cache."""
+        context, length = self._cases[prompt].context, self._settings.segment_length
+        state = self._decoder.new_state(self._evaluation.settings(len(context), None), self._keep_all)
+        parts = []
+        for start in range(0, len(context), length):
+            self._decoder.prefill(state, context[start : start + length], self._keep_all)
+            assert state.statistics_LHSB is not None
+            spectrogram, _ = self._statistics.unpack(state.statistics_LHSB)
+            parts.append(Moments.of(spectrogram.flatten(0, -2)))
+        return reduce(Moments.merged, parts)
+
+    def _unevicted(self, prompt: int, policy: EvictionPolicy) -> MemoryState:
+        """A case's memory when the first eviction at a boundary is due: no policy has had an influence on it."""
+        if prompt not in self._prepared:
+            context, length = self._cases[prompt].context, self._settings.segment_length
+            settings = self._evaluation.settings(len(context), policy)
+            first_eviction = (settings.kv_budget_tokens // length + 1) * length
+            state = self._decoder.new_state(settings, policy)
+            self._decoder.prefill(
+                state, context[: min(first_eviction, len(context) // length * length)], self._keep_all
+            )
+            self._prepared[prompt] = state
+            if len(self._prepared) > _MAX_PREPARED:
+                self._prepared.popitem(last=False)
+        self._prepared.move_to_end(prompt)
+        return self._prepared[prompt]
+
+
+class ObjectiveWorker(PolicyObjective):
+    """A `PolicyObjective` in a process of its own, which loads its model from a directory."""
+
+    def __init__(
+        self,
+        model_path: Path,
+        cases: Sequence[Case],
+        statistics: AttentionSpectrogram,
+        settings: ObjectiveSettings,
+        num_threads: int,
+    ) -> None:
+        super().__init__(Decoder.load(model_path, num_threads=num_threads), cases, statistics, settings)

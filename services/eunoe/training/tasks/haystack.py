@@ -1,0 +1,50 @@
+"""What needles are hidden in: a book's verses, and Python sources. What trains a policy never tests it.
+
+Of the book the first 70% trains and the rest tests. Code that trains is the interpreter's standard library, code that
+tests is this package's own: both are there wherever it runs, and neither has to be shipped.
+"""
+
+import functools
+import gzip
+import sysconfig
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Literal
+
+import eunoe
+
+Split = Literal["train", "test"]
+HaystackName = Literal["book", "code"]
+
+_PACKAGE = Path(eunoe.__path__[0])
+_BOOK = _PACKAGE.parents[1] / "examples" / "kjv.txt.gz"
+_TRAINING_SHARE = 0.7
+
+
+@functools.cache
+def lines(name: HaystackName, split: Split) -> tuple[str, ...]:
+    """All lines of a haystack, each with its newline.
+
+    Raises:
+        FileNotFoundError: If the book is not there: it comes with the source tree.
+        ValueError: If there is no such haystack.
+    """
+    if name == "code":
+        return _training_code() if split == "train" else _own_code()
+    if name != "book":
+        raise ValueError(f"haystack {name!r} is neither book nor code")
+    verses = gzip.decompress(_BOOK.read_bytes()).decode().splitlines(keepends=True)
+    cut = int(_TRAINING_SHARE * len(verses))
+    return tuple(verses[:cut] if split == "train" else verses[cut:])
+
+
+def _training_code() -> tuple[str, ...]:
+    return _lines_of(sorted(Path(sysconfig.get_path("stdlib")).glob("[a-z]*.py")))
+
+
+def _own_code() -> tuple[str, ...]:
+    return _lines_of(path for path in sorted(_PACKAGE.rglob("*.py")) if "_pb2" not in path.name)
+
+
+def _lines_of(paths: Iterable[Path]) -> tuple[str, ...]:
+    return tuple(line for path in paths for line in path.read_text(encoding="utf-8").splitlines(keepends=True))
