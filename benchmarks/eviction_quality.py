@@ -18,10 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 
-import matplotlib as mpl
 import numpy as np
 from _quality_results import Key, Results, digest
 from _report import Report, arguments
+from matplotlib.figure import Figure
 
 from eunoe.decoder.decoder import Decoder
 from eunoe.decoder.tokenizer import Tokenizer
@@ -263,12 +263,10 @@ def plot(
     shares: Iterable[float],
 ) -> None:
     """A bar with its interval for everybody, a panel for each share of bytes."""
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
     held_out = [name for name, case in cases.items() if case.is_held_out]
     shares = list(shares)
-    figure, axes = plt.subplots(1, len(shares), figsize=(5 * len(shares) + 2, 5), sharey=True, squeeze=False)
+    figure = Figure(figsize=(6 * len(shares) + 1, 5), layout="tight")
+    axes = figure.subplots(1, len(shares), squeeze=False)
     for axis, share in zip(axes[0], shares, strict=True):
         exact = [(contender.label, results.exact(contender.name, share, held_out)) for contender in contenders]
         exact.sort(key=lambda pair: mean(pair[1]))
@@ -278,7 +276,6 @@ def plot(
         axis.axvline(mean(results.exact(full.name, 1.0, held_out)), color="#222222", linestyle="--", label=full.label)
         axis.set(title=f"{100 * share:.0f}% of the bytes", xlabel="held-out cases answered", xlim=(0, 1))
         axis.legend(loc="lower right")
-    figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
 
