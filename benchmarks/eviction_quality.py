@@ -96,7 +96,7 @@ def parsed_options() -> argparse.Namespace:
     parser.add_argument("--kvpress-python", type=Path, help="of an environment with kvpress (make kvpress-env)")
     parser.add_argument("--lengths", type=int, nargs="+", help="tokens of the contexts (default: 1024 2048 4096)")
     parser.add_argument("--shares", type=float, nargs="+", help="of the full cache's bytes (default: 0.25 0.5)")
-    parser.add_argument("--cases", type=int, help="held out, a length (default: 72); half as many trained ones")
+    parser.add_argument("--cases", type=int, help="held out, a length (default: 60); a third as many trained ones")
     parser.add_argument("--positions", choices=("compact", "original"), default="compact", help="as of a stream")
     parser.add_argument("--perplexity-tokens", type=int, help="of the book's end (default: 8192)")
     parser.add_argument("--results", type=Path, default=OUT / "eviction_quality.jsonl", help="where scores are kept")
@@ -104,7 +104,7 @@ def parsed_options() -> argparse.Namespace:
     options = parser.parse_args()
     options.lengths = options.lengths or ([1024] if options.quick else [1024, 2048, 4096])
     options.shares = options.shares or ([0.25] if options.quick else [0.25, 0.5])
-    options.cases = options.cases or (12 if options.quick else 72)
+    options.cases = options.cases or (12 if options.quick else 60)
     options.perplexity_tokens = options.perplexity_tokens or (2048 if options.quick else 8192)
     return options
 
@@ -114,7 +114,7 @@ def drawn_cases(options: argparse.Namespace, tokenizer: Tokenizer) -> list[Case]
     drawn = []
     for num_tokens in options.lengths:
         drawn += suite(num_tokens, options.cases, seed=SEED, split="test", tokenizer=tokenizer)
-        drawn += suite(num_tokens, options.cases // 2, seed=SEED, split="train", tokenizer=tokenizer)
+        drawn += suite(num_tokens, max(1, options.cases // 3), seed=SEED, split="train", tokenizer=tokenizer)
     return drawn
 
 
