@@ -69,6 +69,15 @@ bench: $(READY) ## All benchmarks; the last line of each is one JSON object
 	$(BIN)/python benchmarks/gateway.py --json
 	$(BIN)/python benchmarks/segment_attention.py --json
 	$(BIN)/python benchmarks/eviction_cost.py --json
+	$(BIN)/python benchmarks/eviction_quality.py --json --quick
+	$(BIN)/python benchmarks/memory_freed.py --json --quick
+
+.PHONY: kvpress-env
+kvpress-env: ## An environment with kvpress in out/kvpress, for eviction_quality.py --kvpress-python out/kvpress/bin/python
+	$(PYTHON) -m venv out/kvpress
+	out/kvpress/bin/pip --disable-pip-version-check install --quiet "$$(grep '^torch==' constraints.txt)"
+	out/kvpress/bin/pip --disable-pip-version-check install --quiet \
+		"$$(grep '^torch==' constraints.txt)" "kvpress==0.5.5" "transformers<5.3"
 
 .PHONY: bench-gpu
 bench-gpu: $(READY) ## Check and time the CUDA kernels; says so where there is no device

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from eunoe.training.evaluation import Score
@@ -28,7 +28,9 @@ class Results:
         path.parent.mkdir(parents=True, exist_ok=True)
         for line in path.read_text().splitlines() if path.exists() else ():
             if line.endswith("}"):
-                self._take(json.loads(line))
+                found = json.loads(line)
+                key = Key(*(found.pop(field.name) for field in fields(Key)))
+                self._scores[key] = Score(**found)
 
     def __contains__(self, key: Key) -> bool:
         return key in self._scores
@@ -38,11 +40,11 @@ class Results:
 
     def add(self, key: Key, score: Score) -> None:
         """Remember a score, here and in the file."""
-        line = asdict(key) | asdict(score)
-        self._take(line)
+        self._scores[key] = score
+        line = json.dumps(asdict(key) | asdict(score))
         # A line of its own, even behind half of one.
         with self._path.open("a") as file:
-            file.write(f"\n{json.dumps(line)}" if file.tell() else json.dumps(line))
+            file.write(f"\n{line}" if file.tell() else line)
 
     def exact(self, policy: str, share: float, cases: Iterable[str]) -> list[float]:
         """1 for each case that the policy answers, else 0."""
@@ -51,10 +53,6 @@ class Results:
     def log_likelihoods(self, policy: str, share: float, cases: Iterable[str]) -> list[float]:
         """Of each case's answer."""
         return [self[Key(policy, share, case)].log_likelihood for case in cases]
-
-    def _take(self, line: dict[str, object]) -> None:
-        key = Key(**{name: line.pop(name) for name in ("policy", "share", "case")})  # type: ignore[arg-type]
-        self._scores[key] = Score(**line)  # type: ignore[arg-type]
 
 
 def digest(case: Case) -> str:

@@ -18,10 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 
-import matplotlib as mpl
 import numpy as np
 from _quality_results import Key, Results, digest
 from _report import Report, arguments
+from matplotlib.figure import Figure
 
 from eunoe.decoder.decoder import Decoder
 from eunoe.decoder.tokenizer import Tokenizer
@@ -96,7 +96,7 @@ def parsed_options() -> argparse.Namespace:
     parser.add_argument("--kvpress-python", type=Path, help="of an environment with kvpress (make kvpress-env)")
     parser.add_argument("--lengths", type=int, nargs="+", help="tokens of the contexts (default: 1024 2048 4096)")
     parser.add_argument("--shares", type=float, nargs="+", help="of the full cache's bytes (default: 0.25 0.5)")
-    parser.add_argument("--cases", type=int, help="held out, a length (default: 72); half as many trained ones")
+    parser.add_argument("--cases", type=int, help="held out, a length (default: 60); a third as many trained ones")
     parser.add_argument("--positions", choices=("compact", "original"), default="compact", help="as of a stream")
     parser.add_argument("--perplexity-tokens", type=int, help="of the book's end (default: 8192)")
     parser.add_argument("--results", type=Path, default=OUT / "eviction_quality.jsonl", help="where scores are kept")
@@ -104,7 +104,7 @@ def parsed_options() -> argparse.Namespace:
     options = parser.parse_args()
     options.lengths = options.lengths or ([1024] if options.quick else [1024, 2048, 4096])
     options.shares = options.shares or ([0.25] if options.quick else [0.25, 0.5])
-    options.cases = options.cases or (12 if options.quick else 72)
+    options.cases = options.cases or (12 if options.quick else 60)
     options.perplexity_tokens = options.perplexity_tokens or (2048 if options.quick else 8192)
     return options
 
@@ -114,7 +114,7 @@ def drawn_cases(options: argparse.Namespace, tokenizer: Tokenizer) -> list[Case]
     drawn = []
     for num_tokens in options.lengths:
         drawn += suite(num_tokens, options.cases, seed=SEED, split="test", tokenizer=tokenizer)
-        drawn += suite(num_tokens, options.cases // 2, seed=SEED, split="train", tokenizer=tokenizer)
+        drawn += suite(num_tokens, max(1, options.cases // 3), seed=SEED, split="train", tokenizer=tokenizer)
     return drawn
 
 
@@ -263,12 +263,10 @@ def plot(
     shares: Iterable[float],
 ) -> None:
     """A bar with its interval for everybody, a panel for each share of bytes."""
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
     held_out = [name for name, case in cases.items() if case.is_held_out]
     shares = list(shares)
-    figure, axes = plt.subplots(1, len(shares), figsize=(5 * len(shares) + 2, 5), sharey=True, squeeze=False)
+    figure = Figure(figsize=(6 * len(shares) + 1, 5), layout="tight")
+    axes = figure.subplots(1, len(shares), squeeze=False)
     for axis, share in zip(axes[0], shares, strict=True):
         exact = [(contender.label, results.exact(contender.name, share, held_out)) for contender in contenders]
         exact.sort(key=lambda pair: mean(pair[1]))
@@ -278,7 +276,6 @@ def plot(
         axis.axvline(mean(results.exact(full.name, 1.0, held_out)), color="#222222", linestyle="--", label=full.label)
         axis.set(title=f"{100 * share:.0f}% of the bytes", xlabel="held-out cases answered", xlim=(0, 1))
         axis.legend(loc="lower right")
-    figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
 

@@ -14,10 +14,10 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 import torch
 from _peer import Peer
 from _report import Report, arguments, has_amx, interleaved, seconds
+from _worker_process import worker_process
 
 from eunoe.client import AppendProgress, Client
 from eunoe.decoder.config import Dtypes
@@ -175,7 +175,7 @@ def whole_book(report: Report, client: Client, platform: Platform, book: bytes) 
 
     Retained checkpoints are what a stream takes in the state store: three of equal size once the budget is full.
     """
-    worker = _worker(platform)
+    worker = worker_process(platform)
     samples: list[tuple[float, float, int]] = []
     checkpoint_bytes: list[int] = []
 
@@ -236,13 +236,6 @@ def _seconds_between(samples: list[tuple[float, float, int]], low: float, high: 
         return samples[-1][0]
 
     return when(high) - when(low)
-
-
-def _worker(platform: Platform) -> psutil.Process:
-    """The process of the model worker: the largest below Ray's host."""
-    record = next(process for process in platform.record.processes if process.name == "ray_host")
-    children = psutil.Process(record.pid).children(recursive=True)
-    return max(children, key=lambda process: process.memory_info().rss)
 
 
 if __name__ == "__main__":
