@@ -64,6 +64,7 @@ def test_ingest_goes_on_where_a_broken_one_stopped_whatever_came_between(
 def test_ingest_reads_standard_input(eunoe: Run) -> None:
     done = eunoe("ingest", "-", "--stream", "piped", "--json", text="Überfluß")
     assert done.json["stream"]["accepted_offset"] == len("Überfluß".encode())
+    assert "each question reads them first" in eunoe("ingest", "-", "--stream", "piped", text=" und mehr").output
 
 
 def test_ask_prints_the_answer_alone_on_standard_output(eunoe: Run, read_book: str) -> None:

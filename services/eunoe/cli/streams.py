@@ -1,5 +1,6 @@
 """Commands on whole streams."""
 
+import errno
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -40,7 +41,7 @@ def streams(context: typer.Context, json_output: JsonOption = False) -> None:
 
 
 def stream(context: typer.Context, name: StreamArgument, json_output: JsonOption = False) -> None:
-    """Show a stream: its settings, how far it is, and its memory's size and digest."""
+    """Show a stream: settings, offsets, its memory's size and digest."""
     with open_client(context) as client:
         found = client.get_stream(name)
     show_stream(found, json_output)
@@ -67,7 +68,7 @@ def rebuild(
     at: Annotated[int | None, typer.Option(min=0, help="A record's end; default: all that was accepted.")] = None,
     json_output: JsonOption = False,
 ) -> None:
-    """Make a stream that shares the log of another, for a model to read anew from its start.
+    """Make a stream of another's log, for a model to read anew.
 
     The log must be whole: streams made with --retain-log keep it.
     """
@@ -84,6 +85,8 @@ def export(
     json_output: JsonOption = False,
 ) -> None:
     """Write a stream's memory, and the log after it, to a file."""
+    if not file.parent.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, "No such directory", str(file.parent))
     with open_client(context) as client:
         num_bytes = client.export_stream(name, file)
     if json_output:
@@ -168,7 +171,9 @@ def show_stream(found: "Stream", json_output: bool) -> None:
         return
     settings = values.pop("settings", {})
     for key, value in {**values, **{f"settings.{key}": value for key, value in settings.items()}}.items():
-        print(f"{key:28} {value:,}" if isinstance(value, int) and not isinstance(value, bool) else f"{key:28} {value}")
+        if isinstance(value, bool):
+            value = "yes" if value else "no"
+        print(f"{key:28} {value:,}" if isinstance(value, int) else f"{key:28} {value or '-'}")
 
 
 def _print_kept(head: "HeadMemory", full: bool) -> None:
