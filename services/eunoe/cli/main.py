@@ -98,11 +98,12 @@ def _run() -> int:
         return _fail_usage(error)
     except NotReachable as error:
         return _fail(str(error), EXIT_UNAVAILABLE)
-    except (ValueError, OSError) as error:
+    except OSError as error:
         if isinstance(error, BrokenPipeError):
             raise
-        is_of_file = isinstance(error, OSError) and error.filename is not None
-        return _fail(f"{error.filename}: {error.strerror}" if is_of_file else str(error), EXIT_USAGE)
+        return _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error), EXIT_USAGE)
+    except ValueError as error:
+        return _fail(str(error), EXIT_USAGE)
     except _platform_errors() as error:
         return _fail(*_described(error))
 
