@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from eunoe.cli import administration, answers, ingest, local, streams, verification
+from eunoe.cli import administration, answers, ingest, inspection, local, streams, verification
 from eunoe.cli.connect import ConnectionOptions, NotReachable
 
 EXIT_ERROR, EXIT_USAGE, EXIT_NOT_FOUND, EXIT_UNAVAILABLE, EXIT_INTERRUPTED = 1, 2, 3, 4, 130
@@ -63,7 +63,7 @@ for command in (
     streams.export,
     streams.import_,
     streams.rm,
-    streams.inspect,
+    inspection.inspect,
     verification.verify,
     administration.models,
     administration.usage,

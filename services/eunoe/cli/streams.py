@@ -1,7 +1,6 @@
 """Commands on whole streams."""
 
 import errno
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,11 +10,9 @@ from eunoe.cli.connect import open_client
 from eunoe.cli.output import JsonOption, megabytes, note, print_json, print_table, to_json
 
 if TYPE_CHECKING:
-    from eunoe.client import HeadMemory, Stream
+    from eunoe.client import Stream
 
 StreamArgument = Annotated[str, typer.Argument(metavar="STREAM", help="A stream's id.")]
-
-_LONGEST_RUN_CHARACTERS = 400
 
 
 def streams(context: typer.Context, json_output: JsonOption = False) -> None:
@@ -125,39 +122,6 @@ def rm(
         print(f"{name} is erased: {receipt.num_values_removed} values{shared}")
 
 
-def inspect(
-    context: typer.Context,
-    name: StreamArgument,
-    layer: Annotated[int | None, typer.Option(min=0, help="Only this KV source layer.")] = None,
-    head: Annotated[int | None, typer.Option(min=0, help="Only this KV head.")] = None,
-    full: Annotated[bool, typer.Option("--full", help="Do not shorten long runs of text.")] = False,
-    json_output: JsonOption = False,
-) -> None:
-    """Show which tokens a stream's committed memory still keeps."""
-    with open_client(context) as client:
-        memory = client.inspect_memory(name)
-    heads = [each for each in memory.heads if layer in (None, each.layer) and head in (None, each.head)]
-    if not heads and memory.heads:
-        raise typer.BadParameter(f"there is no KV source layer {layer} with head {head}")
-    if json_output:
-        print_json({"stream": to_json(memory.stream)})
-        for each in heads:
-            print_json({"head": to_json(each)})
-        return
-    note(f"{name}: {memory.stream.tokens:,} tokens read, memory {megabytes(memory.stream.state_bytes)}")
-    if not heads:
-        note("nothing is committed yet: less than a segment was read")
-    # Heads that keep the same tokens, as all do under sinks and recent window, are shown once.
-    same: dict[tuple[int, ...], list[HeadMemory]] = {}
-    for each in heads:
-        same.setdefault(tuple(each.positions), []).append(each)
-    for group in same.values():
-        places = ", ".join(f"layer {each.layer} head {each.head}" for each in group[:3])
-        more = f" and {len(group) - 3} more" if len(group) > 3 else ""
-        note(f"\n{places}{more}: {len(group[0].positions):,} tokens")
-        _print_kept(group[0], full)
-
-
 def stream_id(found: "Stream") -> str:
     """The id in a stream's name."""
     return found.name.rpartition("/")[2]
@@ -174,20 +138,3 @@ def show_stream(found: "Stream", json_output: bool) -> None:
         if isinstance(value, bool):
             value = "yes" if value else "no"
         print(f"{key:28} {value:,}" if isinstance(value, int) else f"{key:28} {value or '-'}")
-
-
-def _print_kept(head: "HeadMemory", full: bool) -> None:
-    """Each unbroken run of positions as text, and how many tokens are missing between runs."""
-    start, next_position = 0, 0
-    for index in range(1, len(head.positions) + 1):
-        if index < len(head.positions) and head.positions[index] == head.positions[index - 1] + 1:
-            continue
-        first, last = head.positions[start], head.positions[index - 1]
-        if first > next_position:
-            print(f"  ... {first - next_position:,} tokens are gone ...")
-        text = "".join(head.texts[start:index])
-        if len(text) > _LONGEST_RUN_CHARACTERS and not full:
-            half = _LONGEST_RUN_CHARACTERS // 2
-            text = f"{text[:half]} [...] {text[-half:]}"
-        print(f"  [{first:,}-{last:,}] {text if sys.stdout.isatty() or full else ' '.join(text.split())}")
-        start, next_position = index, last + 1
