@@ -69,6 +69,7 @@ bench: $(READY) ## All benchmarks; the last line of each is one JSON object
 	$(BIN)/python benchmarks/gateway.py --json
 	$(BIN)/python benchmarks/segment_attention.py --json
 	$(BIN)/python benchmarks/eviction_cost.py --json
+	$(BIN)/python benchmarks/eviction_token_classes.py --json
 
 .PHONY: bench-gpu
 bench-gpu: $(READY) ## Check and time the CUDA kernels; says so where there is no device
