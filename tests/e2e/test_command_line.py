@@ -64,6 +64,7 @@ def test_ingest_goes_on_where_a_broken_one_stopped_whatever_came_between(
 def test_ingest_reads_standard_input(eunoe: Run) -> None:
     done = eunoe("ingest", "-", "--stream", "piped", "--json", text="Überfluß")
     assert done.json["stream"]["accepted_offset"] == len("Überfluß".encode())
+    assert "each question reads them first" in eunoe("ingest", "-", "--stream", "piped", text=" und mehr").output
 
 
 def test_ask_prints_the_answer_alone_on_standard_output(eunoe: Run, read_book: str) -> None:
@@ -117,13 +118,21 @@ def test_rebuild_reads_the_log_anew(eunoe: Run, client: Client, read_book: str, 
     assert eunoe("rebuild", read_book, "x", "--model", "nobody").code == 3
 
 
-def test_inspect_shows_the_kept_text(eunoe: Run, read_book: str) -> None:
-    shown = eunoe("inspect", read_book)
-    assert "tokens are gone" in shown.output
-    assert "[0-3]" in shown.output
+def test_inspect_shows_the_text_and_what_of_it_is_kept(eunoe: Run, read_book: str) -> None:
+    shown = eunoe("inspect", read_book, "--width", "60")
+    assert shown.output.startswith("text all heads keep it, {most: text}")
+    _, _, text = shown.output.partition("\n\n")
+    assert text.startswith(("[0-3] ", "[0-99] "))
+    assert "tokens are gone" in text or "[-" in text
+    assert max(map(len, shown.output.splitlines())) <= 60
     lines = eunoe("inspect", read_book, "--layer", "0", "--head", "1", "--json").json_lines
     assert lines[0]["stream"]["name"].endswith(read_book)
-    assert [(line["head"]["layer"], line["head"]["head"]) for line in lines[1:]] == [(0, 1)]
+    (head,) = (line["head"] for line in lines if "head" in line)
+    assert (head["layer"], head["head"]) == (0, 1)
+    tokens = [line["token"] for line in lines if "token" in line]
+    assert [token["position"] for token in tokens if token["num_keeping"]] == head["positions"]
+    assert tokens[-1]["position"] == lines[0]["stream"]["tokens"] - 1
+    assert eunoe("inspect", read_book, "--layer", "9").error.startswith("error: Invalid value: layers are 0 to 1")
 
 
 def test_score_models_and_usage(eunoe: Run, read_book: str) -> None:

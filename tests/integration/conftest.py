@@ -166,6 +166,9 @@ class FakeWorker(model_worker_pb2_grpc.ModelWorkerServiceServicer):
         await self._held(request.request.name, request.lease)
         head = api.HeadMemory(layer=0, head=0, positions=[0], token_ids=[1], texts=["a"])
         yield pb.InspectMemoryResponse(response=api.InspectMemoryResponse(head=head))
+        if request.request.with_log:
+            log = api.LogTokens(token_ids=[1], pieces=[b"a"])
+            yield pb.InspectMemoryResponse(response=api.InspectMemoryResponse(log=log))
 
     async def VerifyStream(
         self, request: pb.VerifyStreamRequest, context: Any

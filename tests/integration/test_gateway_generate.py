@@ -46,6 +46,13 @@ async def test_a_memory_is_inspected(stub: Any, stream: str) -> None:
     assert responses[0].head.texts == ["a"]
 
 
+async def test_a_memory_is_inspected_beside_its_log(stub: Any, stream: str) -> None:
+    request = api.InspectMemoryRequest(name=stream, with_log=True)
+    responses = [r async for r in stub.InspectMemory(request)]
+
+    assert [r.WhichOneof("response") for r in responses] == ["head", "log"]
+
+
 async def test_the_owners_errors_reach_the_client(stub: Any, stream: str) -> None:
     with pytest.raises(grpc.RpcError) as caught:
         await generated(stub, stream, text="x" * 65)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def ask(
     context: typer.Context,
     name: StreamArgument,
-    question: Annotated[str, typer.Argument(help="Goes through the model's chat template.")],
+    question: Annotated[str, typer.Argument(metavar="QUESTION", help="Goes through the model's chat template.")],
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it stands, without the template.")] = False,
     remember: Annotated[bool, typer.Option("--remember", help="Append question and answer to the stream.")] = False,
     max_tokens: Annotated[int, typer.Option(min=1, max=4096, help="Most tokens to answer with.")] = 128,
@@ -55,10 +55,13 @@ def ask(
 def score(
     context: typer.Context,
     name: StreamArgument,
-    text: Annotated[str, typer.Argument(help="What to score; - reads standard input.")],
+    text: Annotated[str, typer.Argument(metavar="TEXT", help="What to score; - reads standard input.")],
     json_output: JsonOption = False,
 ) -> None:
-    """Say how likely a text is after a stream: natural logarithms of its tokens' probabilities."""
+    """Say how likely a text is after a stream.
+
+    Figures are natural logarithms of its tokens' probabilities.
+    """
     if text == "-":
         text = sys.stdin.read()
     with open_client(context) as client:

@@ -32,7 +32,7 @@ def ingest(
     ] = False,
     json_output: JsonOption = False,
 ) -> None:
-    """Append a file to a stream and wait until the memory has taken it in.
+    """Append a file to a stream and wait until it is read.
 
     A file goes in once: the same one again goes on where it stopped, whatever was appended in between.
     """
@@ -43,7 +43,12 @@ def ingest(
         else:
             source = stack.enter_context(_open(Path(file)))
             source_id, num_bytes = _digest(source)
-        result = asyncio.run(_ingest(context, stream, source, source_id, num_bytes, model, budget, retain_log))
+        try:
+            result = asyncio.run(_ingest(context, stream, source, source_id, num_bytes, model, budget, retain_log))
+        except KeyboardInterrupt:
+            if source_id:
+                note("what was sent is stored; the same command goes on where this one stopped")
+            raise
     if json_output:
         print_json(result)
     else:
@@ -201,8 +206,11 @@ def _print_result(stream_id: str, result: dict[str, Any]) -> None:
     if result["source_id"] and result["sent_bytes"] < result["source_bytes"]:
         kept = result["source_bytes"] - result["sent_bytes"]
         print(f"{stream_id} had {kept:,} bytes of this file already")
+    rates = f" ({result['tokens_per_second']:,.0f} tokens/s, {result['bytes_per_second'] / 1e3:,.1f} kB/s)"
     print(
-        f"{stream_id}: {result['sent_bytes']:,} bytes in {result['seconds']:.1f} s"
-        f" ({result['tokens_per_second']:,.0f} tokens/s, {result['bytes_per_second'] / 1e3:,.1f} kB/s);"
+        f"{stream_id}: {result['sent_bytes']:,} bytes in {result['seconds']:.1f} s{rates if stream['tokens'] else ''};"
         f" {stream['tokens']:,} tokens read so far, memory {megabytes(stream['state_bytes'])}"
     )
+    if not stream["tokens"]:
+        segment = stream["settings"]["segment_length"]
+        print(f"All are stored. As they fill no segment of {segment} tokens yet, each question reads them first.")

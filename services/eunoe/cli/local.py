@@ -58,7 +58,7 @@ def up(
     if json_output:
         print_json({"address": address, "was_running": was_running})
     elif was_running:
-        print(f"eunoe is already running at {address}")
+        print(f"eunoe is already running at {address}, with the options of its start (`eunoe down` ends it)")
     else:
         print(f"eunoe is up at {address}, serving {platform.model}")
 
@@ -89,9 +89,8 @@ def status(json_output: JsonOption = False) -> None:
     elif record is None:
         print("eunoe is not running")
     else:
-        print(
-            f"eunoe is up at {record.address}, serving {record.model}" if is_running else "eunoe is broken: `eunoe up`"
-        )
+        up_at = f"eunoe is up at {record.address}, serving {record.model}"
+        print(up_at if is_running else "eunoe is not all up: `eunoe up` starts it anew, `eunoe down` ends what is left")
         rows = [
             [process.name, "running" if alive[process.name] else "ended", str(process.pid), process.log_file]
             for process in record.processes
@@ -106,7 +105,7 @@ def demo(
     file: Annotated[Path | None, typer.Option(help="Another text; default: the King James Bible in examples/.")] = None,
     json_output: JsonOption = False,
 ) -> None:
-    """Stream a book into a bounded memory, ask about it, and stop everything again."""
+    """Read a book into a bounded memory, ask about it, stop all again."""
     from eunoe.cli.demo import run_demo
 
     figures = run_demo(is_whole_book=book, file=file, say=note if json_output else print)

@@ -7,11 +7,11 @@ was recorded of it, 6 what verifying it takes is missing, 130 interrupted.
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from eunoe.cli import administration, answers, ingest, local, streams, training, verification
+from eunoe.cli import administration, answers, ingest, inspection, local, streams, training, verification
 from eunoe.cli.connect import ConnectionOptions, NotReachable
 
 EXIT_ERROR, EXIT_USAGE, EXIT_NOT_FOUND, EXIT_UNAVAILABLE, EXIT_INTERRUPTED = 1, 2, 3, 4, 130
@@ -63,7 +63,7 @@ for command in (
     streams.export,
     streams.import_,
     streams.rm,
-    streams.inspect,
+    inspection.inspect,
     verification.verify,
     administration.models,
     administration.usage,
@@ -96,12 +96,14 @@ def _run() -> int:
     try:
         return app(standalone_mode=False) or 0
     except _UsageError as error:
-        return _fail(error.format_message(), EXIT_USAGE)  # type: ignore[attr-defined]
+        return _fail_usage(error)
     except NotReachable as error:
         return _fail(str(error), EXIT_UNAVAILABLE)
-    except (ValueError, OSError) as error:
+    except OSError as error:
         if isinstance(error, BrokenPipeError):
             raise
+        return _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error), EXIT_USAGE)
+    except ValueError as error:
         return _fail(str(error), EXIT_USAGE)
     except _platform_errors() as error:
         return _fail(*_described(error))
@@ -131,6 +133,15 @@ def _described(error: Exception) -> tuple[str, int]:
     }
     code = next((code for kind, code in codes.items() if isinstance(error, kind)), EXIT_ERROR)
     return f"{error.reason()}: {error.message}", code
+
+
+def _fail_usage(error: Any) -> int:
+    message = error.format_message()
+    if message.startswith("Usage: "):
+        # What typer raises without any arguments is the whole help.
+        print(message, file=sys.stderr)
+        return EXIT_USAGE
+    return _fail(f"{message.rstrip('.')} (see `{error.ctx.command_path} --help`)" if error.ctx else message, EXIT_USAGE)
 
 
 def _fail(message: str, code: int) -> int:

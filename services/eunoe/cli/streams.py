@@ -1,6 +1,6 @@
 """Commands on whole streams."""
 
-import sys
+import errno
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,11 +10,9 @@ from eunoe.cli.connect import open_client
 from eunoe.cli.output import JsonOption, megabytes, note, print_json, print_table, to_json
 
 if TYPE_CHECKING:
-    from eunoe.client import HeadMemory, Stream
+    from eunoe.client import Stream
 
 StreamArgument = Annotated[str, typer.Argument(metavar="STREAM", help="A stream's id.")]
-
-_LONGEST_RUN_CHARACTERS = 400
 
 
 def streams(context: typer.Context, json_output: JsonOption = False) -> None:
@@ -40,7 +38,7 @@ def streams(context: typer.Context, json_output: JsonOption = False) -> None:
 
 
 def stream(context: typer.Context, name: StreamArgument, json_output: JsonOption = False) -> None:
-    """Show a stream: its settings, how far it is, and its memory's size and digest."""
+    """Show a stream: settings, offsets, its memory's size and digest."""
     with open_client(context) as client:
         found = client.get_stream(name)
     show_stream(found, json_output)
@@ -67,7 +65,7 @@ def rebuild(
     at: Annotated[int | None, typer.Option(min=0, help="A record's end; default: all that was accepted.")] = None,
     json_output: JsonOption = False,
 ) -> None:
-    """Make a stream that shares the log of another, for a model to read anew from its start.
+    """Make a stream of another's log, for a model to read anew.
 
     The log must be whole: streams made with --retain-log keep it.
     """
@@ -84,6 +82,8 @@ def export(
     json_output: JsonOption = False,
 ) -> None:
     """Write a stream's memory, and the log after it, to a file."""
+    if not file.parent.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, "No such directory", str(file.parent))
     with open_client(context) as client:
         num_bytes = client.export_stream(name, file)
     if json_output:
@@ -122,39 +122,6 @@ def rm(
         print(f"{name} is erased: {receipt.num_values_removed} values{shared}")
 
 
-def inspect(
-    context: typer.Context,
-    name: StreamArgument,
-    layer: Annotated[int | None, typer.Option(min=0, help="Only this KV source layer.")] = None,
-    head: Annotated[int | None, typer.Option(min=0, help="Only this KV head.")] = None,
-    full: Annotated[bool, typer.Option("--full", help="Do not shorten long runs of text.")] = False,
-    json_output: JsonOption = False,
-) -> None:
-    """Show which tokens a stream's committed memory still keeps."""
-    with open_client(context) as client:
-        memory = client.inspect_memory(name)
-    heads = [each for each in memory.heads if layer in (None, each.layer) and head in (None, each.head)]
-    if not heads and memory.heads:
-        raise typer.BadParameter(f"there is no KV source layer {layer} with head {head}")
-    if json_output:
-        print_json({"stream": to_json(memory.stream)})
-        for each in heads:
-            print_json({"head": to_json(each)})
-        return
-    note(f"{name}: {memory.stream.tokens:,} tokens read, memory {megabytes(memory.stream.state_bytes)}")
-    if not heads:
-        note("nothing is committed yet: less than a segment was read")
-    # Heads that keep the same tokens, as all do under sinks and recent window, are shown once.
-    same: dict[tuple[int, ...], list[HeadMemory]] = {}
-    for each in heads:
-        same.setdefault(tuple(each.positions), []).append(each)
-    for group in same.values():
-        places = ", ".join(f"layer {each.layer} head {each.head}" for each in group[:3])
-        more = f" and {len(group) - 3} more" if len(group) > 3 else ""
-        note(f"\n{places}{more}: {len(group[0].positions):,} tokens")
-        _print_kept(group[0], full)
-
-
 def stream_id(found: "Stream") -> str:
     """The id in a stream's name."""
     return found.name.rpartition("/")[2]
@@ -168,21 +135,6 @@ def show_stream(found: "Stream", json_output: bool) -> None:
         return
     settings = values.pop("settings", {})
     for key, value in {**values, **{f"settings.{key}": value for key, value in settings.items()}}.items():
-        print(f"{key:28} {value:,}" if isinstance(value, int) and not isinstance(value, bool) else f"{key:28} {value}")
-
-
-def _print_kept(head: "HeadMemory", full: bool) -> None:
-    """Each unbroken run of positions as text, and how many tokens are missing between runs."""
-    start, next_position = 0, 0
-    for index in range(1, len(head.positions) + 1):
-        if index < len(head.positions) and head.positions[index] == head.positions[index - 1] + 1:
-            continue
-        first, last = head.positions[start], head.positions[index - 1]
-        if first > next_position:
-            print(f"  ... {first - next_position:,} tokens are gone ...")
-        text = "".join(head.texts[start:index])
-        if len(text) > _LONGEST_RUN_CHARACTERS and not full:
-            half = _LONGEST_RUN_CHARACTERS // 2
-            text = f"{text[:half]} [...] {text[-half:]}"
-        print(f"  [{first:,}-{last:,}] {text if sys.stdout.isatty() or full else ' '.join(text.split())}")
-        start, next_position = index, last + 1
+        if isinstance(value, bool):
+            value = "yes" if value else "no"
+        print(f"{key:28} {value:,}" if isinstance(value, int) else f"{key:28} {value or '-'}")

@@ -66,6 +66,8 @@ def _equal_parts(summary: "VerifySummary") -> list[str]:
         )
     elif summary.num_checkpoints:
         lines.append(f"  {checkpoints} as stored; nothing was folded, as nothing before it is kept")
+    else:
+        lines.append("  there is no checkpoint yet, so nothing was folded")
     return lines
 
 

@@ -29,10 +29,15 @@ Turn = api.ChatTurn | tuple[str, str]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MemoryInspection:
-    """What a stream's committed memory still holds: the stream, and the slots of every KV source layer and head."""
+    """What a stream's committed memory still holds: the stream, and the slots of every KV source layer and head.
+
+    `log` has the tokens of the retained log that the memory was folded from, if asked for; the last of them has the
+    position `stream.tokens - 1`.
+    """
 
     stream: api.Stream
     heads: tuple[api.HeadMemory, ...]
+    log: api.LogTokens
 
 
 class AsyncClient:
@@ -372,18 +377,24 @@ class AsyncClient:
 
         return await self._connection.retry(attempt)
 
-    async def inspect_memory(self, stream: str) -> MemoryInspection:
-        """Which tokens the committed memory still keeps, per KV source layer and head."""
-        request = api.InspectMemoryRequest(name=stream_name(stream))
+    async def inspect_memory(self, stream: str, *, with_log: bool = False) -> MemoryInspection:
+        """Which tokens the committed memory still keeps, per KV source layer and head.
+
+        Args:
+            with_log: Also the tokens of the retained log, kept or not.
+        """
+        request = api.InspectMemoryRequest(name=stream_name(stream), with_log=with_log)
 
         async def attempt() -> MemoryInspection:
-            found, heads = api.Stream(), []
+            found, heads, log = api.Stream(), [], api.LogTokens()
             async for response in self._connection.stub.InspectMemory(request, metadata=self._connection.metadata):
                 if response.HasField("stream"):
                     found = response.stream
-                else:
+                elif response.HasField("head"):
                     heads.append(response.head)
-            return MemoryInspection(stream=found, heads=tuple(heads))
+                else:
+                    log.MergeFrom(response.log)
+            return MemoryInspection(stream=found, heads=tuple(heads), log=log)
 
         return await self._connection.retry(attempt)
 

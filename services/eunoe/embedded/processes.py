@@ -124,3 +124,15 @@ def free_ports(num_ports: int) -> list[int]:
         for each in sockets:
             each.bind(("127.0.0.1", 0))
         return [each.getsockname()[1] for each in sockets]
+
+
+def is_port_free(port: int) -> bool:
+    """Whether a server can listen on a port of loopback; 0 always."""
+    with socket.socket() as probe:
+        # As servers do: connections of a former server that are still closing are no hindrance.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+        return True

@@ -55,13 +55,13 @@ def score(
 
 
 def inspect_memory(
-    placement: Placement, name: str, timeout_seconds: float | None
+    placement: Placement, name: str, request: api.InspectMemoryRequest, timeout_seconds: float | None
 ) -> AsyncGenerator[api.InspectMemoryResponse, None]:
     """Which tokens the committed memory of the stream of this full name keeps."""
-    request = api.InspectMemoryRequest(name=name)
+    named = api.InspectMemoryRequest(name=name, with_log=request.with_log)
 
     def call(worker: ModelWorkerClient, lease: Lease) -> AsyncGenerator[api.InspectMemoryResponse, None]:
-        return worker.inspect_memory(request, lease, timeout_seconds)
+        return worker.inspect_memory(named, lease, timeout_seconds)
 
     return placement.stream_from_owner(name, call)
 

@@ -123,7 +123,7 @@ class LongContextServicer(long_context_pb2_grpc.LongContextServiceServicer):
         self, request: api.InspectMemoryRequest, context: Any
     ) -> AsyncIterator[api.InspectMemoryResponse]:
         name = resolved(request.name, current_tenant())
-        return generate.inspect_memory(self._placement, name, context.time_remaining())
+        return generate.inspect_memory(self._placement, name, request, context.time_remaining())
 
     async def ForkStream(self, request: api.ForkStreamRequest, context: Any) -> api.ForkStreamResponse:
         tenant = current_tenant()

@@ -34,7 +34,7 @@ FEED_BYTES = 8 * 1024
 # The state store takes 1,024.
 _MAX_DECISIONS = 1000
 
-_KINDS: dict[int, RecordKind] = {
+RECORD_KINDS: dict[int, RecordKind] = {
     api.RECORD_KIND_UNSPECIFIED: "text",
     api.RECORD_KIND_TEXT: "text",
     api.RECORD_KIND_TOKEN_IDS: "token_ids",
@@ -155,7 +155,7 @@ class StreamFold:
     def offer(self, record: pb.ReadLogResponse) -> None:
         """Take the next piece of the log; it is tokenized when its turn comes."""
         assert record.offset == self.read_offset, f"piece at {record.offset}, expected at {self.read_offset}"
-        kind = _KINDS[record.kind]
+        kind = RECORD_KINDS[record.kind]
         for start in range(0, len(record.data), FEED_BYTES):
             self._offered.append((record.data[start : start + FEED_BYTES], kind))
         self.read_offset += len(record.data)

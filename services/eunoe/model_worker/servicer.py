@@ -51,7 +51,7 @@ class ModelWorkerServicer(model_worker_pb2_grpc.ModelWorkerServiceServicer):
         self, request: pb.InspectMemoryRequest, context: Any
     ) -> AsyncIterator[pb.InspectMemoryResponse]:
         stream = await self._worker.held(request.request.name, request.lease)
-        async for response in inspect_memory(self._worker.parts, stream):
+        async for response in inspect_memory(self._worker.parts, stream, with_log=request.request.with_log):
             yield pb.InspectMemoryResponse(response=response)
 
     async def VerifyStream(

@@ -361,3 +361,33 @@ async def test_inspection_shows_the_committed_slots(platform: Any, worker: Model
         num_tokens = record.stream.tokens
         assert list(head.positions) == [0, 1, 2, 3, *range(num_tokens - 44, num_tokens)]
         assert len(head.token_ids) == len(head.texts) == 48
+
+
+@pytest.mark.parametrize("retain_log", [False, True])
+async def test_inspection_shows_the_retained_log_up_to_the_newest_kept_token(
+    platform: Any, worker: ModelWorker, make_text: Text, retain_log: bool
+) -> None:
+    name = await platform.stream(retain_log=retain_log)
+    for seed in range(3):
+        await platform.append(name, make_text(900, seed))
+        record = await platform.flush(worker, name)
+    await platform.append(name, make_text(900, 3))
+    request = api.InspectMemoryRequest(name=name, with_log=True)
+    async with open_channel(worker.address) as channel:
+        call = ModelWorkerClient(channel).inspect_memory(request, await worker.place(name))
+        responses = [response async for response in call]
+    log = api.LogTokens()
+    for response in responses:
+        log.MergeFrom(response.log)
+    data = b"".join(log.pieces)
+    whole = b"".join(make_text(900, seed) for seed in range(4))
+    start, end = record.stream.log_start_offset, record.stream.applied_offset
+    assert whole[start:].startswith(data)
+    # Tokens of a pre-token at the end may be folded before all of it is.
+    assert 0 <= len(data) - (end - start) < 16
+    head = next(response.head for response in responses if response.HasField("head"))
+    first_position = record.stream.tokens - len(log.token_ids)
+    assert (first_position == 0) == retain_log
+    kept = [(p, id_) for p, id_ in zip(head.positions, head.token_ids, strict=True) if p >= first_position]
+    assert kept == [(p, log.token_ids[p - first_position]) for p, _ in kept]
+    assert len(kept) == 48 if retain_log else 44

@@ -61,6 +61,34 @@ def test_an_error_is_one_line_with_its_exit_code(
     assert reason in error
 
 
+@pytest.mark.parametrize("arguments", [[], ["keys"]], ids=str)
+def test_without_arguments_there_is_help_and_no_error_but_the_exit_code(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str]
+) -> None:
+    assert run(monkeypatch, *arguments) == 2
+    output, error = capsys.readouterr()
+    assert output == ""
+    assert error.startswith("Usage: eunoe")
+
+
+def test_wrong_usage_names_the_help_to_read(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(monkeypatch, "ask", "book")
+    assert capsys.readouterr().err == "error: Missing argument 'QUESTION' (see `eunoe ask --help`)\n"
+
+
+def test_a_file_that_cannot_be_read_is_named_with_the_reason(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(monkeypatch, "import", "/nowhere/file", "new")
+    run(monkeypatch, "export", "book", "/nowhere/file")
+    assert (
+        capsys.readouterr().err
+        == "error: /nowhere/file: No such file or directory\nerror: /nowhere: No such directory\n"
+    )
+
+
 def test_status_and_down_work_where_nothing_runs(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

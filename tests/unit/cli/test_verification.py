@@ -47,6 +47,12 @@ def test_where_nothing_was_folded_it_says_so() -> None:
     assert described("book", summary).splitlines()[2].startswith("  1 checkpoint as stored; nothing was folded")
 
 
+def test_a_stream_without_a_checkpoint_is_told_as_such() -> None:
+    summary = VerifySummary(verdict="VERDICT_VERIFIED", log_bytes_checked=9)
+
+    assert described("book", summary).splitlines()[2] == "  there is no checkpoint yet, so nothing was folded"
+
+
 def test_a_difference_is_told_with_its_place_and_both_digests() -> None:
     assert described("book", DIFFERENT).splitlines() == [
         "book: DIFFERENT",

@@ -1,6 +1,7 @@
 """The platform's own care: failing starts, models that cannot be had."""
 
 import json
+import socket
 from pathlib import Path
 
 import psutil
@@ -25,6 +26,15 @@ def test_a_start_that_fails_says_why_and_leaves_nothing(tmp_path: Path, monkeypa
     ]
     with pytest.raises(ValueError, match="not started"):
         platform.address  # noqa: B018
+
+
+def test_a_taken_port_is_told_before_anything_is_started(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        with pytest.raises(StartFailed, match=f"^port {port} is taken"):
+            Platform(home=tmp_path, port=port).start()
+    assert read_record(tmp_path) is None
+    assert not (tmp_path / "logs").exists()
 
 
 def test_what_a_former_platform_left_is_ended_at_the_next_start(
