@@ -196,6 +196,8 @@ class Decoder:
                 x_TE, attended = x_TE[-1:], attended[-1:]
             x_TE.addmm_(attended, layer.attention_output.T)
             self._add_ffn(x_TE, layer)
+        if statistics is not None:
+            state.finish_observation(statistics, len(ids))
         state.append(ids)
         return None if logits == "none" else self._logits(x_TE)
 

@@ -180,6 +180,12 @@ class MemoryState:
         end = self.num_slots + key_HTD.shape[1]
         statistics.observe(self.statistics[layer, :, :end], query_HGTD, key_HTD, past_key_HSD)
 
+    def finish_observation(self, statistics: Statistics, num_new: int) -> None:
+        """Have the policy's statistics take in a pass over so many new tokens, once every layer has written them."""
+        assert self.statistics is not None
+        new = slice(self.num_slots, self.num_slots + num_new)
+        statistics.finish(self.statistics[:, :, new], self.keys[:, :, new], self.values[:, :, new])
+
     def clear_statistics(self, num_new: int) -> None:
         """Zero the statistics of slots behind the live ones, before their tokens are run."""
         if self.statistics is not None:

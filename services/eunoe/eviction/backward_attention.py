@@ -20,18 +20,36 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 
 NUM_FEATURES = 25
+"""Of the published network; more may follow them."""
 HIDDEN = 32
-_SHAPES = {
-    "input_weight": (NUM_FEATURES, 3 * HIDDEN),
-    "input_bias": (3 * HIDDEN,),
-    "output_weight": (HIDDEN, 2 * NUM_FEATURES),
-    "output_bias": (2 * NUM_FEATURES,),
-    "score_weight": (NUM_FEATURES,),
-    "score_bias": (),
-}
-_ENDS = (0, *accumulate(math.prod(shape) for shape in _SHAPES.values()))
-SLICES = {name: slice(*ends) for name, ends in zip(_SHAPES, pairwise(_ENDS), strict=True)}
-NUM_PARAMETERS = _ENDS[-1]
+
+
+def shapes(num_features: int) -> dict[str, tuple[int, ...]]:
+    """The parts of the parameter vector, in order."""
+    return {
+        "input_weight": (num_features, 3 * HIDDEN),
+        "input_bias": (3 * HIDDEN,),
+        "output_weight": (HIDDEN, 2 * num_features),
+        "output_bias": (2 * num_features,),
+        "score_weight": (num_features,),
+        "score_bias": (),
+    }
+
+
+def num_parameters(num_features: int) -> int:
+    """Length of the parameter vector."""
+    return sum(math.prod(shape) for shape in shapes(num_features).values())
+
+
+def slices(num_features: int) -> dict[str, slice]:
+    """Where each part is in the parameter vector."""
+    parts = shapes(num_features)
+    ends = (0, *accumulate(math.prod(shape) for shape in parts.values()))
+    return {name: slice(*pair) for name, pair in zip(parts, pairwise(ends), strict=True)}
+
+
+NUM_PARAMETERS = num_parameters(NUM_FEATURES)
+SLICES = slices(NUM_FEATURES)
 
 Attention = Literal["dense", "blocks"]
 _BLOCK_SLOTS = 128
@@ -40,7 +58,10 @@ _SEQUENCES_AT_ONCE = 6
 
 @dataclass(frozen=True, eq=False, slots=True)
 class BackwardAttention:
-    """The network. `parameters` is one vector, float32 [4172]: row-major [in, out] weights, each before its bias."""
+    """The network. `parameters` is one float32 vector: row-major [in, out] weights, each before its bias.
+
+    4172 of them for the published 25 features, 163 more for each further one.
+    """
 
     parameters: torch.Tensor
     attention: Attention = "dense"
@@ -48,10 +69,19 @@ class BackwardAttention:
     mean key and value: a twelfth of the work at 1,536 slots."""
 
     def __post_init__(self) -> None:
-        if self.parameters.shape != (NUM_PARAMETERS,) or self.parameters.dtype != torch.float32:
-            raise ValueError(f"parameters {tuple(self.parameters.shape)} are not float32 ({NUM_PARAMETERS},)")
+        size = self.parameters.numel()
+        if self.parameters.ndim != 1 or size != num_parameters(self.num_features) or self.num_features < NUM_FEATURES:
+            raise ValueError(f"parameters {tuple(self.parameters.shape)} are not {NUM_PARAMETERS} + 163 n")
+        if self.parameters.dtype != torch.float32:
+            raise ValueError(f"parameters are {self.parameters.dtype}, not float32")
         if self.attention not in ("dense", "blocks"):
             raise ValueError(f"attention={self.attention!r} is neither dense nor blocks")
+
+    @property
+    def num_features(self) -> int:
+        """Features of a slot that the parameters are for."""
+        num_fixed = num_parameters(0)
+        return (self.parameters.numel() - num_fixed) // (num_parameters(1) - num_fixed)
 
     def __call__(self, feature_ZSI: torch.Tensor, num_slots_Z: torch.Tensor | None = None) -> torch.Tensor:
         """Scores, float32 [Z, S].
@@ -87,7 +117,8 @@ class BackwardAttention:
         return F.linear(x, self._matrix(f"{name}_weight").T, self._matrix(f"{name}_bias"))
 
     def _matrix(self, name: str) -> torch.Tensor:
-        return self.parameters[SLICES[name]].view(_SHAPES[name])
+        num_features = self.num_features
+        return self.parameters[slices(num_features)[name]].view(shapes(num_features)[name])
 
 
 def _attend_blocks(query_ZSC: torch.Tensor, key_ZSC: torch.Tensor, value_ZSC: torch.Tensor) -> torch.Tensor:

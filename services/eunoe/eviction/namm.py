@@ -6,7 +6,8 @@ After "An Evolved Universal Transformer Memory" (Cetin et al. 2024, arXiv:2410.1
 
 and the mean of its attention spectrogram, normalised with constants that are frozen before the evolution begins. One
 network scores them for all layers and heads. Published, a slot stays while its score is 0 or more, nothing is protected
-and nothing bounds the cache; here the budget does, and sinks and the newest slots stay.
+and nothing bounds the cache; here the budget does, and sinks and the newest slots stay. With `NovelSpectrogram` a slot
+has one more feature, the novelty of its token.
 
 Shape suffixes: L KV source layer, H KV head, S slot, F frequency bin, I feature.
 """
@@ -23,7 +24,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from eunoe.eviction.backward_attention import NUM_FEATURES, NUM_PARAMETERS, BackwardAttention
+from eunoe.eviction.backward_attention import NUM_FEATURES, NUM_PARAMETERS, BackwardAttention, num_parameters
+from eunoe.eviction.novelty import NUM_NUMBERS, NovelSpectrogram, Novelty
 from eunoe.eviction.policy import Window, WindowShape, keep_by_scores
 from eunoe.eviction.selection import keep_best, protect
 from eunoe.eviction.spectrogram import AttentionSpectrogram
@@ -33,14 +35,20 @@ from eunoe_kernels.attention_spectrogram import NUM_BINS
 # The published table of ages ends here. A stream does not: what is older looks as old as this.
 _MAX_AGE = 32768
 _NUM_WAVES = (NUM_FEATURES - NUM_BINS) // 2
+_LEAST_BIN = 1e-6
 
 # The one entry of the file's metadata, {"version", settings} as JSON: of several, safetensors shuffles the order.
 _FILE_METADATA = "eunoe-namm"
 _FILE_VERSION = 1
-_FILE_SHAPES = {
+_FILE_SHAPES: dict[str, tuple[int, ...]] = {
     "parameters": (NUM_PARAMETERS,),
     "normalization_mean": (NUM_BINS,),
     "normalization_variance": (NUM_BINS,),
+}
+_NOVELTY_SHAPES: dict[str, tuple[int, ...]] = {
+    "novelty_weight": (NUM_NUMBERS,),
+    "novelty_mean": (NUM_NUMBERS,),
+    "novelty_scale": (NUM_NUMBERS,),
 }
 
 
@@ -54,6 +62,8 @@ class Normalization:
 
     mean: torch.Tensor
     variance: torch.Tensor
+    is_logarithmic: bool = False
+    """Of the bins' logarithms: a few slots receive a thousand times the attention of the others."""
 
     def __post_init__(self) -> None:
         if self.mean.shape != (NUM_BINS,) or self.variance.shape != (NUM_BINS,):
@@ -63,6 +73,8 @@ class Normalization:
 
     def __call__(self, spectrogram_F: torch.Tensor) -> torch.Tensor:
         """Normalised bins [..., F]."""
+        if self.is_logarithmic:
+            spectrogram_F = (spectrogram_F + _LEAST_BIN).log()
         return (spectrogram_F - self.mean) / self.variance.sqrt().clamp_min(1e-7)
 
 
@@ -72,13 +84,23 @@ class Namm:
 
     network: BackwardAttention
     normalization: Normalization
-    statistics: AttentionSpectrogram = field(default_factory=AttentionSpectrogram)
+    statistics: AttentionSpectrogram | NovelSpectrogram = field(default_factory=AttentionSpectrogram)
     num_recent_tokens: int = 64
     """Newest slots that are never evicted, but at most half of the budget."""
     threshold: float | None = None
     """Slots below it leave even within the budget, down to the number that the greediest head has at or above it."""
     num_spare_slots: int = 0
     """Slots evicted beyond the budget: with a segment's length here only every second segment is scored."""
+
+    def __post_init__(self) -> None:
+        expected = NUM_FEATURES + isinstance(self.statistics, NovelSpectrogram)
+        if self.network.num_features != expected:
+            raise ValueError(f"a network of {self.network.num_features} features, of {expected} that there are")
+
+    @property
+    def spectrogram(self) -> AttentionSpectrogram:
+        """How attention is observed."""
+        return self.statistics.spectrogram if isinstance(self.statistics, NovelSpectrogram) else self.statistics
 
     @classmethod
     def untrained(cls) -> "Namm":
@@ -108,7 +130,10 @@ class Namm:
             raise BadNammFile(f"{path} holds no NAMM: its metadata does not say so") from None
         if version != _FILE_VERSION:
             raise UnknownVersion(f"{path} is a NAMM of version {version}", found=version, known=_FILE_VERSION)
-        for name, shape in _FILE_SHAPES.items():
+        has_novelty = _NOVELTY_SHAPES.keys() <= tensors.keys()
+        shapes = _FILE_SHAPES | (_NOVELTY_SHAPES if has_novelty else {})
+        shapes["parameters"] = (num_parameters(NUM_FEATURES + has_novelty),)
+        for name, shape in shapes.items():
             if name not in tensors or tensors[name].shape != shape or tensors[name].dtype != torch.float32:
                 raise BadNammFile(f"{path}: {name} is not float32 {shape}")
             if not tensors[name].isfinite().all():
@@ -116,10 +141,14 @@ class Namm:
         if (tensors["normalization_variance"] < 0).any():
             raise BadNammFile(f"{path}: normalization_variance is negative")
         try:
+            network = BackwardAttention(tensors["parameters"], settings.pop("attention"))
+            spectrogram = AttentionSpectrogram(settings.pop("num_observed_queries"), settings.pop("is_packed"))
+            mean, variance = tensors["normalization_mean"], tensors["normalization_variance"]
+            novelty = Novelty(*(tensors[name] for name in _NOVELTY_SHAPES)) if has_novelty else None
             return cls(
-                BackwardAttention(tensors["parameters"], settings.pop("attention")),
-                Normalization(tensors["normalization_mean"], tensors["normalization_variance"]),
-                AttentionSpectrogram(settings.pop("num_observed_queries"), settings.pop("is_packed")),
+                network,
+                Normalization(mean, variance, settings.pop("is_logarithmic", False)),
+                spectrogram if novelty is None else NovelSpectrogram(novelty, spectrogram),
                 **settings,
             )
         except (KeyError, TypeError, ValueError) as error:
@@ -127,19 +156,24 @@ class Namm:
 
     def save(self, path: Path | str) -> None:
         """Write parameters, constants and settings as safetensors, all or nothing."""
-        tensors = (self.network.parameters, self.normalization.mean, self.normalization.variance)
+        constants = (self.network.parameters, self.normalization.mean, self.normalization.variance)
+        tensors = dict(zip(_FILE_SHAPES, constants, strict=True))
+        if isinstance(self.statistics, NovelSpectrogram):
+            novelty = self.statistics.novelty
+            tensors |= zip(_NOVELTY_SHAPES, (novelty.weight, novelty.mean, novelty.scale), strict=True)
         settings = {
             "version": _FILE_VERSION,
             "attention": self.network.attention,
-            "num_observed_queries": self.statistics.num_observed_queries,
-            "is_packed": self.statistics.is_packed,
+            "num_observed_queries": self.spectrogram.num_observed_queries,
+            "is_packed": self.spectrogram.is_packed,
+            "is_logarithmic": self.normalization.is_logarithmic,
             "num_recent_tokens": self.num_recent_tokens,
             "threshold": self.threshold,
             "num_spare_slots": self.num_spare_slots,
         }
         metadata = {_FILE_METADATA: json.dumps(settings)}
         beside = Path(f"{path}.new")
-        beside.write_bytes(save(dict(zip(_FILE_SHAPES, tensors, strict=True)), metadata=metadata))
+        beside.write_bytes(save(tensors, metadata=metadata))
         os.replace(beside, path)
 
     @cached_property
@@ -148,15 +182,19 @@ class Namm:
         digest = hashlib.sha256(self.network.parameters.numpy().tobytes())
         for constant in (self.normalization.mean, self.normalization.variance):
             digest.update(constant.numpy().tobytes())
-        settings = (self.network.attention, self.statistics.name)
+        settings = (self.network.attention, self.statistics.name, self.normalization.is_logarithmic)
         digest.update(repr((*settings, self.num_recent_tokens, self.threshold, self.num_spare_slots)).encode())
         return f"namm/1/{digest.hexdigest()[:16]}"
 
     def features(self, window: Window) -> torch.Tensor:
-        """See `ScoringPolicy`: age first, then the spectrogram."""
+        """See `ScoringPolicy`: age first, then the spectrogram, then novelty if there is any."""
         assert window.statistics_LHSB is not None
-        spectrogram_LHSF, _ = self.statistics.unpack(window.statistics_LHSB)
-        return torch.cat([age_embedding(window.positions_LHS), self.normalization(spectrogram_LHSF)], dim=-1)
+        spectrogram_LHSF, other = self.statistics.unpack(window.statistics_LHSB)
+        parts = [age_embedding(window.positions_LHS), self.normalization(spectrogram_LHSF)]
+        if isinstance(self.statistics, NovelSpectrogram):
+            assert other is not None
+            parts.append(other)
+        return torch.cat(parts, dim=-1)
 
     def scores(self, feature_LHSI: torch.Tensor) -> torch.Tensor:
         """See `ScoringPolicy`."""

@@ -75,6 +75,14 @@ class Statistics(Protocol):
             key_HTD: Rotated keys of the pass; `past_key_HSD` those of the slots before it.
         """
 
+    def finish(self, statistics_LHTB: torch.Tensor, key_LHTD: torch.Tensor, value_LHTD: torch.Tensor) -> None:
+        """Take in a pass as a whole, after all layers were observed.
+
+        Args:
+            statistics_LHTB: Of the pass's own slots, changed in place.
+            key_LHTD: Their keys before rotary positions; `value_LHTD` their values.
+        """
+
 
 class EvictionPolicy(Protocol):
     """A rule that says which slots to keep. It must be a pure function of the window and the budget."""

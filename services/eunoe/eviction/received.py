@@ -35,6 +35,9 @@ class AttentionReceived:
             last = query_HGTD[:, :, -self.num_last_queries :]
             received_HN.copy_(attention_received(last, key_HTD, past_key_HSD))
 
+    def finish(self, statistics_LHTB: torch.Tensor, key_LHTD: torch.Tensor, value_LHTD: torch.Tensor) -> None:
+        """See `Statistics`: nothing to add."""
+
     def unpack(self, statistics_B: torch.Tensor) -> torch.Tensor:
         """The sums of packed slots [..., 4] as float32 [...], a view."""
         return statistics_B.view(torch.float32)[..., 0]

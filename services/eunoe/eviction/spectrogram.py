@@ -76,6 +76,9 @@ class AttentionSpectrogram:
         mean_HNF = mean_HNF * FRAME_DECAY**num_frames + seen_HNF
         self.pack(mean_HNF, tail_HNW if self.has_tail else None, out_HNB=statistics_HNB)
 
+    def finish(self, statistics_LHTB: torch.Tensor, key_LHTD: torch.Tensor, value_LHTD: torch.Tensor) -> None:
+        """See `Statistics`: nothing to add."""
+
     def unpack(self, statistics_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Mean [..., F] and tail [..., W] (None if there is none) of packed slots [..., B], float32."""
         if not self.is_packed:

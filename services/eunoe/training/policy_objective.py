@@ -15,6 +15,7 @@ from pathlib import Path
 from eunoe.decoder.decoder import Decoder
 from eunoe.decoder.memory_state import MemoryState
 from eunoe.eviction import EvictionPolicy
+from eunoe.eviction.novelty import NovelSpectrogram
 from eunoe.eviction.spectrogram import AttentionSpectrogram
 from eunoe.training.evaluation import Evaluation, KeepAll
 from eunoe.training.spectrogram_moments import Moments
@@ -56,7 +57,11 @@ class PolicyObjective:
     """
 
     def __init__(
-        self, decoder: Decoder, cases: Sequence[Case], statistics: AttentionSpectrogram, settings: ObjectiveSettings
+        self,
+        decoder: Decoder,
+        cases: Sequence[Case],
+        statistics: AttentionSpectrogram | NovelSpectrogram,
+        settings: ObjectiveSettings,
     ) -> None:
         self._decoder = decoder
         self._cases = cases
@@ -124,7 +129,7 @@ class ObjectiveWorker(PolicyObjective):
         self,
         model_path: Path,
         cases: Sequence[Case],
-        statistics: AttentionSpectrogram,
+        statistics: AttentionSpectrogram | NovelSpectrogram,
         settings: ObjectiveSettings,
         num_threads: int,
     ) -> None:

@@ -64,6 +64,7 @@ def _window(policy: EvictionPolicy, num_slots: int, num_sink_tokens: int = 4, *,
             query = 3 * random(shape[1], 2, num_new, 16)
             past, new = keys[layer, :, : num_slots - num_new], keys[layer, :, num_slots - num_new :]
             policy.statistics.observe(statistics[layer], query, new, past)
+        policy.statistics.finish(statistics[:, :, -num_new:], keys[:, :, -num_new:], random(*shape[:2], num_new, 16))
     random_order = torch.rand(*shape[:2], 2 * num_slots - num_sink_tokens, generator=generator).argsort(dim=-1)
     evicted = random_order[..., : num_slots - num_sink_tokens] + num_sink_tokens
     sinks = torch.arange(num_sink_tokens).expand(*shape[:2], num_sink_tokens)

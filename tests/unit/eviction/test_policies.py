@@ -7,25 +7,28 @@ import pytest
 import torch
 
 from eunoe.eviction import DEFAULT_POLICY, POLICIES, EvictionPolicy, Namm
-from eunoe.eviction.backward_attention import NUM_PARAMETERS, BackwardAttention
+from eunoe.eviction.backward_attention import BackwardAttention, num_parameters
 from eunoe.eviction.namm import Normalization
+from eunoe.eviction.novelty import NUM_NUMBERS, NovelSpectrogram, Novelty
 from eunoe.eviction.spectrogram import AttentionSpectrogram
 
 MakeWindow = Callable[..., Any]
 
 
-def a_namm(**settings: object) -> Namm:
-    parameters = 0.3 * torch.randn(NUM_PARAMETERS, generator=torch.Generator().manual_seed(0))
+def a_namm(num_features: int = 25, **settings: object) -> Namm:
+    parameters = 0.3 * torch.randn(num_parameters(num_features), generator=torch.Generator().manual_seed(0))
     normalization = Normalization(torch.full((17,), 0.01), torch.full((17,), 0.02))
     attention = settings.pop("attention", "dense")
     return Namm(BackwardAttention(parameters, attention), normalization, **settings)  # type: ignore[arg-type]
 
 
+NOVELTY = Novelty(torch.linspace(-1, 1, NUM_NUMBERS), torch.zeros(NUM_NUMBERS), torch.ones(NUM_NUMBERS))
 ALL = {
     **POLICIES,
     "namm": a_namm(),
     "namm, cheaper": a_namm(attention="blocks", statistics=AttentionSpectrogram(32)),
     "namm, a threshold": a_namm(threshold=0.0),
+    "namm, novelty": a_namm(26, statistics=NovelSpectrogram(NOVELTY)),
     "namm, spare slots": a_namm(num_spare_slots=16),
 }
 SIZES = [(200, 100), (300, 64), (65, 64), (40, 64), (64, 5), (7, 6)]
