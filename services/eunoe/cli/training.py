@@ -98,6 +98,40 @@ def _namm(
         print(f"{policy.name} is in {out / 'policy.safetensors'}; card.json says what it was made from")
 
 
+@train.command("novelty")
+def _novelty(
+    out: Annotated[Path, typer.Option(help="The NAMM file to write.")],
+    model: Annotated[str, typer.Option(help="As in `eunoe up`.")] = DEFAULT_MODEL,
+    context: Annotated[int, typer.Option(min=200, help="Tokens of a case's context.")] = 1000,
+    cases: Annotated[int, typer.Option(min=1, help="How many.")] = 120,
+    seed: Annotated[int, typer.Option(min=0, help="Of the cases.")] = 1,
+    attention: Annotated[float, typer.Option(help="What attention received counts in the score.")] = 1.0,
+    novelty: Annotated[float, typer.Option(help="What novelty counts in the score.")] = 1.0,
+    threads: Annotated[int | None, typer.Option(min=1, help="Of the model; default: all.")] = None,
+) -> None:
+    """Learn what marks the tokens that questions will need; the result is a NAMM to start `eunoe train namm` from.
+
+    By logistic regression on keys and values of contexts whose needed tokens are known: minutes, without Ray.
+    """
+    from rich.console import Console
+    from rich.progress import track
+
+    from eunoe.decoder.decoder import Decoder
+    from eunoe.decoder.tokenizer import Tokenizer
+    from eunoe.embedded.models import resolve_model
+    from eunoe.training.novelty_training import NoveltyTraining, train_novelty
+    from eunoe.training.tasks.suite import suite
+
+    _, model_path = resolve_model(model, on_step=note)
+    decoder = Decoder.load(model_path, num_threads=threads)
+    drawn = suite(context, cases, seed=seed, split="train", tokenizer=Tokenizer.load(model_path))
+    console = Console(stderr=True)
+    shown = track(drawn, "reading contexts", console=console, transient=True, disable=not console.is_terminal)
+    policy = train_novelty(decoder, shown, NoveltyTraining(attention=attention, novelty=novelty))
+    policy.save(out)
+    print(f"{policy.name} is in {out}")
+
+
 def _print_generation(generation: "Generation") -> None:
     print_json(
         {

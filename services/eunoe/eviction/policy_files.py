@@ -1,4 +1,5 @@
-"""The eviction policies of an installation: those without parameters, and those in the files of a directory.
+"""The eviction policies of an installation: those without parameters, those that come with it (checkpoints/), and those
+in the files of a directory.
 
 `<stem>.safetensors` is a NAMM, which people name by its stem and decisions by its digest. Files are put there whole
 (written beside and renamed), at any time.
@@ -16,6 +17,8 @@ logger = logging.getLogger(__name__)
 
 _Signature = tuple[tuple[str, int, int, int], ...]
 
+SHIPPED = Path(__file__).parents[1] / "checkpoints"
+
 
 class PolicyFiles:
     """Policies by name. Safe to use from any thread.
@@ -24,7 +27,7 @@ class PolicyFiles:
     its digest, whatever becomes of its file.
 
     Args:
-        directory: None has no files.
+        directory: None has no files. One of a shipped policy's stem takes its place.
 
     Attributes:
         broken: Why files could not be read, by their names.
@@ -34,8 +37,10 @@ class PolicyFiles:
         self.directory = directory
         self.broken: Mapping[str, str] = {}
         self._signature: _Signature | None = None
+        shipped = sorted(SHIPPED.glob("*.safetensors"))
+        self._shipped: dict[str, EvictionPolicy] = {path.stem: Namm.load(path) for path in shipped}
         self._by_stem: Mapping[str, EvictionPolicy] = {}
-        self._by_name: Mapping[str, EvictionPolicy] = {}
+        self._by_name: Mapping[str, EvictionPolicy] = {policy.name: policy for policy in self._shipped.values()}
         self.refresh()
 
     @property
@@ -54,7 +59,7 @@ class PolicyFiles:
         Raises:
             ValueError: If there is none.
         """
-        known = ChainMap(dict(self._by_stem), POLICIES, dict(self._by_name))
+        known = ChainMap(dict(self._by_stem), POLICIES, self._shipped, dict(self._by_name))
         if name not in known:
             raise ValueError(f"there is no policy {name!r}, only {', '.join(sorted(known))}")
         return known[name]
