@@ -7,7 +7,7 @@ draws of what it has. Scores are kept in a file, so that a run can go on and pol
 
 retrieval_share_*: held-out cases that the first --policy answers, as a share of those that the full cache answers.
 lead_over_best_25_lower: the lower end of the interval of its lead over the best other, as a share of the cases.
-perplexity_ratio_*: its perplexity over the full cache's, on the book's end as a stream.
+perplexity_ratio_*: its perplexity over that of sinks and recent at the same bytes, on the book's end as a stream.
 """
 
 import argparse
@@ -238,7 +238,7 @@ def perplexities(
     ours: list[Contender],
     options: argparse.Namespace,
 ) -> None:
-    """perplexity_ratio_*: over the full cache's; shares are of the bytes that the whole text's cache has."""
+    """perplexity_*: of everybody, perplexity_ratio_* of the first policy; shares are of the whole text's cache."""
     # More characters than so many tokens have.
     text = "".join(lines("book", "test"))[: 8 * options.perplexity_tokens]
     token_ids = np.asarray(tokenizer.encode(text)[: options.perplexity_tokens], dtype=np.int64)
@@ -246,12 +246,16 @@ def perplexities(
     full = evaluation(1.0).perplexity(token_ids, None)
     report.add("perplexity_full_cache", full, f"of {len(token_ids)} tokens")
     for share in options.shares:
-        for index, contender in enumerate(ours):
+        percent = round(100 * share)
+        found = {}
+        for contender in ours:
             report.progress(f"perplexity: {contender.label}")
-            ratio = evaluation(share).perplexity(token_ids, contender.policy) / full
-            is_subject = index == 0 and options.policy
-            name = "" if is_subject else f"_{contender.label}"
-            report.add(f"perplexity_ratio_{round(100 * share)}{name}", ratio, "times the full cache's")
+            found[contender.label] = evaluation(share).perplexity(token_ids, contender.policy)
+            times = f"{found[contender.label] / full:.3f} times the full cache's"
+            report.add(f"perplexity_{percent}_{contender.label}", found[contender.label], times)
+        if options.policy:
+            ratio = found[ours[0].label] / found["sinks-recent"]
+            report.add(f"perplexity_ratio_{percent}", ratio, "over sinks and recent")
 
 
 def plot(

@@ -141,6 +141,7 @@ def equality(run: Run) -> None:
     from worker_faults import byte_equality
 
     figures = asyncio.run(byte_equality(run.count(500, 10), SEED, _tiny_model(run)))
+    _say_violations(run, list(figures.unequal))
     run.report.add("byte_equal_share", figures.num_equal / figures.num_runs, f"of {figures.num_runs} runs")
     run.report.say(f"    {dict(figures.faults)}, {dict(figures.counts)}, {figures.seconds:.0f} s")
 

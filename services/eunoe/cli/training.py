@@ -105,7 +105,7 @@ def _novelty(
     context: Annotated[int, typer.Option(min=200, help="Tokens of a case's context.")] = 1000,
     cases: Annotated[int, typer.Option(min=1, help="How many.")] = 120,
     seed: Annotated[int, typer.Option(min=0, help="Of the cases.")] = 1,
-    attention: Annotated[float, typer.Option(help="What attention received counts in the score.")] = 1.0,
+    attention: Annotated[float, typer.Option(help="What attention received counts in the score.")] = 0.25,
     novelty: Annotated[float, typer.Option(help="What novelty counts in the score.")] = 1.0,
     threads: Annotated[int | None, typer.Option(min=1, help="Of the model; default: all.")] = None,
 ) -> None:

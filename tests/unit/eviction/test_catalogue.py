@@ -10,7 +10,7 @@ from eunoe.eviction import POLICIES, Namm
 from eunoe.eviction.backward_attention import NUM_PARAMETERS, BackwardAttention
 from eunoe.eviction.catalogue import PolicyCatalogue
 from eunoe.eviction.namm import Normalization
-from eunoe.eviction.policy_files import PolicyFiles
+from eunoe.eviction.policy_files import SHIPPED, PolicyFiles
 from eunoe.eviction.spectrogram import AttentionSpectrogram
 
 SINKS_RECENT = "sinks-recent/1"
@@ -37,12 +37,26 @@ def chosen(catalogue: PolicyCatalogue, stream: str) -> tuple[str, str | None]:
     return choice.policy.name, choice.shadow.name if choice.shadow is not None else None
 
 
-def test_without_a_directory_there_are_the_policies_without_parameters() -> None:
+def test_without_a_directory_there_are_the_shipped_policies_and_those_without_parameters() -> None:
     catalogue = catalogue_of(None, "snapkv/1")
 
-    assert dict(catalogue.files.by_name) == POLICIES
+    shipped = {policy.name: policy.name for policy in map(Namm.load, SHIPPED.glob("*.safetensors"))}
+    assert set(catalogue.files.by_name) == {*POLICIES, *shipped}
     assert chosen(catalogue, "tenants/a/streams/b") == ("snapkv/1", None)
     assert not catalogue.refresh()
+
+
+def test_a_shipped_policy_goes_by_its_stem_until_a_file_takes_its_place(tmp_path: Path) -> None:
+    (path,) = SHIPPED.glob("smollm2-namm.safetensors")
+    files = PolicyFiles(tmp_path)
+    shipped = files.named("smollm2-namm")
+
+    a_namm(0.1).save(tmp_path / "smollm2-namm.safetensors")
+    files.refresh()
+
+    assert shipped.name == Namm.load(path).name
+    assert files.named("smollm2-namm").name == a_namm(0.1).name
+    assert files.named(shipped.name).name == shipped.name
 
 
 def test_the_first_rule_that_matches_counts(tmp_path: Path) -> None:
