@@ -84,7 +84,9 @@ class DisturbedStream:
             positions=api.POSITION_MODE_COMPACT,
             retain_log=True,
         )
-        await self.store.create_stream(pb.CreateStreamRequest(name=self.name, model=model, settings=settings))
+        # The store may be restarted between making it and saying so.
+        request = pb.CreateStreamRequest(name=self.name, model=model, settings=settings, request_id=self.name)
+        await self.store.create_stream(request)
 
     async def write(self, disturb: Callable[[], Awaitable[None]]) -> None:
         """Append the text in random pieces, with random calls in between; `disturb` is called between two steps."""

@@ -33,6 +33,7 @@ from eunoe.runtime.errors import (
     DeadlineTooShort,
     EunoeError,
     FoldFailed,
+    MissingChunk,
     NotOwner,
     StateLost,
     Unavailable,
@@ -326,12 +327,16 @@ class OwnedStream:
             manifest = self._record.manifest
             try:
                 return await parts.checkpoints.load(self.name, manifest, self.settings)
-            except CorruptState:
+            except (CorruptState, MissingChunk) as error:
                 record = (await parts.store.get_stream(pb.GetStreamRequest(name=self.name))).record
-                if not self.is_of(record) or record.manifest == manifest:
+                if not self.is_of(record):
+                    # Whoever took it may have retired the checkpoint by now.
+                    raise self._lost("another worker took it") from error
+                if record.manifest == manifest:
                     raise
                 self._record = record
-                metrics.QUARANTINES.inc()
+                if isinstance(error, CorruptState):
+                    metrics.QUARANTINES.inc()
         if self._record.stream.log_start_offset:
             raise CorruptState(f"{self.name} has no sound checkpoint, and its log does not go back to the beginning")
         return await parts.engine.call(lambda: parts.decoder.new_state(self.settings, parts.policy))

@@ -8,7 +8,7 @@ import redis.asyncio as redis
 
 from eunoe.api.v1 import long_context_pb2 as api
 from eunoe.internal.v1 import state_store_pb2 as pb
-from eunoe.runtime.errors import CorruptState
+from eunoe.runtime.errors import CorruptState, NotOwner
 from eunoe.state_store import keys
 
 Text = Callable[..., bytes]
@@ -140,3 +140,23 @@ async def test_a_healed_stream_verifies_once_the_damaged_checkpoint_is_retired(
         await platform.flush(other, name)
 
     assert (await platform.verify(other, name)).verdict == api.VERDICT_VERIFIED
+
+
+async def test_a_checkpoint_that_was_retired_before_it_was_loaded_belongs_to_another_owner(
+    platform: Any, make_text: Text
+) -> None:
+    worker, data = await platform.worker(), make_text(800)
+    (*_, record) = await checkpoints(platform, worker, data, num=1)
+    name = record.stream.name
+    slow, quick = await platform.worker(), await platform.worker()
+    await platform.kill(worker)
+    lease = await slow.place(name)
+    late = await slow.held(name, lease)
+    by = pb.Lease(worker=quick.incarnation, address=quick.address)
+    await platform.store.acquire_stream(pb.AcquireStreamRequest(name=name, by=by, suspect=lease))
+    for seed in range(4):
+        await platform.append(name, make_text(400, seed))
+        await platform.flush(quick, name)
+
+    with pytest.raises(NotOwner):
+        await late.load()
