@@ -15,6 +15,7 @@ async def storm(tiny_model: Path, num_calls: int) -> StormFigures:
         return await cancel_storm(gateway.address, pids, site.model_name, num_calls=num_calls, seed=1)
 
 
+@pytest.mark.faults
 async def test_a_platform_serves_on_after_hundreds_of_cancelled_calls(tiny_model: Path) -> None:
     figures = await storm(tiny_model, 300)
 
