@@ -13,6 +13,7 @@ Shape suffixes: Z sequence (a layer's KV head), S slot, I input feature, C hidde
 
 import math
 from dataclasses import dataclass
+from functools import cache
 from itertools import accumulate, pairwise
 from typing import Literal
 
@@ -24,6 +25,7 @@ NUM_FEATURES = 25
 HIDDEN = 32
 
 
+@cache
 def shapes(num_features: int) -> dict[str, tuple[int, ...]]:
     """The parts of the parameter vector, in order."""
     return {
@@ -41,6 +43,7 @@ def num_parameters(num_features: int) -> int:
     return sum(math.prod(shape) for shape in shapes(num_features).values())
 
 
+@cache
 def slices(num_features: int) -> dict[str, slice]:
     """Where each part is in the parameter vector."""
     parts = shapes(num_features)

@@ -34,7 +34,8 @@ from eunoe_kernels.attention_spectrogram import NUM_BINS
 
 # The published table of ages ends here. A stream does not: what is older looks as old as this.
 _MAX_AGE = 32768
-_NUM_WAVES = (NUM_FEATURES - NUM_BINS) // 2
+NUM_AGE_FEATURES = NUM_FEATURES - NUM_BINS
+_NUM_WAVES = NUM_AGE_FEATURES // 2
 _LEAST_BIN = 1e-6
 
 # The one entry of the file's metadata, {"version", settings} as JSON: of several, safetensors shuffles the order.
@@ -74,7 +75,7 @@ class Normalization:
     def __call__(self, spectrogram_F: torch.Tensor) -> torch.Tensor:
         """Normalised bins [..., F]."""
         if self.is_logarithmic:
-            spectrogram_F = (spectrogram_F + _LEAST_BIN).log()
+            spectrogram_F = log_bins(spectrogram_F)
         return (spectrogram_F - self.mean) / self.variance.sqrt().clamp_min(1e-7)
 
 
@@ -212,6 +213,11 @@ class Namm:
         if self.threshold is not None:
             num_kept = min(num_kept, int((protected_LHS >= self.threshold).sum(dim=-1).max()))
         return keep_best(protected_LHS, num_kept)
+
+
+def log_bins(spectrogram_F: torch.Tensor) -> torch.Tensor:
+    """Logarithms of bins, of which none is below that of 1e-6."""
+    return (spectrogram_F + _LEAST_BIN).log()
 
 
 def age_embedding(positions_LHS: torch.Tensor) -> torch.Tensor:

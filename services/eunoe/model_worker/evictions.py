@@ -12,6 +12,7 @@ from eunoe.eviction.fallback import Fallback, decided_by, policy_in_charge
 from eunoe.internal.v1 import eviction_sidecar_pb2 as pb
 from eunoe.internal.v1.state_store_pb2 import DecisionRun
 from eunoe.model_worker import metrics
+from eunoe.model_worker.fold import run_of
 from eunoe.model_worker.sidecar import NoScores, Sidecar
 
 
@@ -118,10 +119,10 @@ def recorded_policy(
     """What decided in one of the first `num_segments` segments; None if that is not recorded, or not here."""
     if segment >= num_segments:
         return None
-    runs = [run for run in decisions if run.first_segment <= segment]
-    if not runs or policy_in_charge(runs[-1].policy) not in policies:
+    run = run_of(segment, decisions)
+    if run is None or policy_in_charge(run.policy) not in policies:
         return None
-    return decided_by(runs[-1].policy, policies)
+    return decided_by(run.policy, policies)
 
 
 def dropped_runs(positions_LHS: torch.Tensor, kept_LHS: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:

@@ -10,7 +10,7 @@ import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -85,8 +85,8 @@ class StreamFold:
     Args:
         decoder: Folds.
         tokenizer: Of the same model.
-        policy: Evicts. Its name is recorded in the decisions, as it is after the pass. The attribute may be set anew
-            between two turns of `fold`.
+        policy: Evicts, unless `choose_policy` says another. Its name is recorded in the decisions, as it is after the
+            pass.
         state: At a segment boundary; of a new stream or decoded from a checkpoint.
         manifest: The checkpoint that `state` came from; an empty one for a new stream.
         max_uncommitted_segments: `fold` pauses at so many; the checkpoint must catch up first.
@@ -249,3 +249,8 @@ class StreamFold:
             self._milestones = [milestone for milestone in self._milestones if milestone.offset > fed]
         for milestone in passed:
             milestone.action()
+
+
+def run_of(segment: int, decisions: Sequence[pb.DecisionRun]) -> pb.DecisionRun | None:
+    """The run that a segment is part of; None before the first."""
+    return next((run for run in reversed(decisions) if run.first_segment <= segment), None)

@@ -11,7 +11,7 @@ from eunoe.eviction.fallback import decided_by, policy_in_charge
 from eunoe.eviction.policy import EvictionPolicy
 from eunoe.internal.v1 import state_store_pb2 as pb
 from eunoe.model_worker.engine import Job
-from eunoe.model_worker.fold import StreamFold
+from eunoe.model_worker.fold import StreamFold, run_of
 
 
 class Recorded:
@@ -64,10 +64,10 @@ class Recorded:
             need(api.MISSING_KIND_POLICY, policy_in_charge(run.policy), sorted(self._policies), run.first_segment)
         return list(missing.values())
 
-    def policy_at(self, num_tokens: int) -> EvictionPolicy:
-        """The policy that the segment after so many tokens was folded with; a fallback where it was one."""
-        segment = num_tokens // self._segment_length
-        run = next(run for run in reversed(self._runs) if run.first_segment <= segment)
+    def policy_at(self, segment: int) -> EvictionPolicy:
+        """The policy that the segment of that index was folded with; a fallback where it was one."""
+        run = run_of(segment, self._runs)
+        assert run is not None, "the first run begins with the first segment"
         return decided_by(run.policy, self._policies)
 
     def difference(self, fold: StreamFold) -> api.Difference | None:
@@ -95,9 +95,9 @@ class Recorded:
 
 def replay(fold: StreamFold, recorded: Recorded, on_tokens: Callable[[int], None]) -> Job[api.Difference | None]:
     """Fold what was offered, each segment with its recorded policy; returns the first difference, at which it ends."""
+    fold.choose_policy = recorded.policy_at
     with closing(fold.fold()) as turns:
         while not fold.is_paused:
-            fold.policy = recorded.policy_at(fold.num_tokens)
             try:
                 next(turns)
             except StopIteration:

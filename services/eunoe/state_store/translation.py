@@ -51,7 +51,7 @@ def record_to_proto(metadata: StreamMetadata) -> pb.StreamRecord:
     farthest = max(metadata.retained, key=lambda checkpoint: checkpoint.tokens, default=None)
     if farthest is not None and (metadata.newest is None or farthest.tokens > metadata.newest.tokens):
         record.recorded_tokens = farthest.tokens
-        record.recorded_decisions.extend(manifest_to_proto(farthest).decisions)
+        record.recorded_decisions.extend(_decisions_to_proto(farthest))
     if metadata.lease is not None:
         record.lease.CopyFrom(lease_to_proto(metadata.lease))
     return record
@@ -100,13 +100,17 @@ def manifest_to_proto(manifest: Manifest) -> pb.Manifest:
         state_bytes=manifest.state_bytes,
         state_digest=manifest.state_digest,
         model_digest=manifest.model_digest,
-        decisions=[pb.DecisionRun(**run._asdict()) for run in manifest.decisions],
+        decisions=_decisions_to_proto(manifest),
         chunks=[
             pb.ChunkRef(chunk_id=chunk.chunk_id, length=chunk.length, digest=bytes.fromhex(chunk.digest))
             for chunk in manifest.chunks
         ],
         chain=bytes.fromhex(manifest.chain),
     )
+
+
+def _decisions_to_proto(manifest: Manifest) -> list[pb.DecisionRun]:
+    return [pb.DecisionRun(**run._asdict()) for run in manifest.decisions]
 
 
 def manifest_from_proto(manifest: pb.Manifest) -> Manifest:

@@ -14,7 +14,7 @@ import torch.nn.functional as F  # noqa: N812
 from eunoe.decoder.decoder import Decoder
 from eunoe.decoder.memory_state import MemorySettings, MemoryState
 from eunoe.eviction.backward_attention import NUM_FEATURES, BackwardAttention, num_parameters, slices
-from eunoe.eviction.namm import Namm, Normalization
+from eunoe.eviction.namm import NUM_AGE_FEATURES, Namm, Normalization, log_bins
 from eunoe.eviction.novelty import NUM_NUMBERS, NovelSpectrogram, Novelty, numbers
 from eunoe.eviction.spectrogram import AttentionSpectrogram
 from eunoe.training.evaluation import KeepAll
@@ -23,8 +23,6 @@ from eunoe.training.tasks.case import Case
 _NUM_STEPS = 600
 _LEARNING_RATE = 0.03
 _DECAY = 1e-3
-_LEAST_BIN = 1e-6
-_NUM_AGE_FEATURES = 8
 # Every so many-th slot is enough for moments.
 _STRIDE = 8
 
@@ -72,13 +70,13 @@ def train_novelty(decoder: Decoder, cases: Iterable[Case], training: NoveltyTrai
     if not inputs or not torch.cat(targets).any():
         raise ValueError("no case has anything that a question needs")
     novelty = _fitted(inputs, targets, training.num_unlearned_tokens)
-    log_bins = (torch.cat(bins) + _LEAST_BIN).log()
+    bins_SF = log_bins(torch.cat(bins))
     parameters = torch.zeros(num_parameters(NUM_FEATURES + 1))
     weight = parameters[slices(NUM_FEATURES + 1)["score_weight"]]
-    weight[_NUM_AGE_FEATURES], weight[NUM_FEATURES] = training.attention, training.novelty
+    weight[NUM_AGE_FEATURES], weight[NUM_FEATURES] = training.attention, training.novelty
     return Namm(
         BackwardAttention(parameters, "blocks"),
-        Normalization(log_bins.mean(dim=0), log_bins.var(dim=0), is_logarithmic=True),
+        Normalization(bins_SF.mean(dim=0), bins_SF.var(dim=0), is_logarithmic=True),
         NovelSpectrogram(novelty, spectrogram),
         num_recent_tokens=training.num_recent_tokens,
     )
