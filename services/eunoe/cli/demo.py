@@ -25,30 +25,33 @@ _MOST_CHARACTERS = 8 * NUM_TOKENS
 _PATIENCE_SECONDS, _SHORTENED_SECONDS = 30.0, 20.0
 
 _BOUNDED, _FULL = "bounded", "full-cache"
+_NOTE = "The pass key is 74031. Remember it. 74031 is the pass key.\n"
 
 
 @dataclass(frozen=True, slots=True)
 class _Question:
     """Asked as raw text, which the small model then continues: its chat template makes it chat instead of quote."""
 
-    question: str
+    prompt: str
     answer_start: str
     place: str
-    is_in_window: bool
 
 
 _QUESTIONS = (
     _Question(
-        question="Whose root and offspring does Jesus say he is?",
+        prompt="Question: Whose root and offspring does Jesus say he is?\nAnswer:",
         answer_start="I am the root and the offspring of",
-        place="Revelation 22:16, still in the window",
-        is_in_window=True,
+        place="Revelation 22:16, among the newest tokens",
     ),
     _Question(
-        question="How long was the dragon bound?",
+        prompt="The important information:",
+        answer_start="the pass key is",
+        place="a note that lies between two lines in the middle of all that is read",
+    ),
+    _Question(
+        prompt="Question: How long was the dragon bound?\nAnswer:",
         answer_start="He laid hold on the dragon, that old serpent, and bound him",
-        place="Revelation 20:2, which has left the window",
-        is_in_window=False,
+        place="Revelation 20:2, ordinary prose 1,200 tokens ago",
     ),
 )
 
@@ -101,7 +104,10 @@ def _stream_and_ask(
         )
     what = "The whole book" if is_whole_book else "The end of the book"
     say(f"\n{what}, {num_tokens:,} tokens, into a memory of 1,024 tokens a head:")
-    stream, seconds = _append(client, _BOUNDED, text[starts[-num_tokens] :], 0)
+    # Before all that the full cache has read.
+    middle = text.rfind("\n", 0, starts[-max(num_tokens // 2, min(NUM_RECENT_TOKENS, num_tokens))]) + 1
+    middle = max(middle, starts[-num_tokens])
+    stream, seconds = _append(client, _BOUNDED, text[starts[-num_tokens] : middle] + _NOTE + text[middle:], 0)
 
     answers = [_ask(client, question, say) for question in _QUESTIONS]
     (model,) = client.list_models()
@@ -134,17 +140,16 @@ def _append(client: "Client", stream_id: str, text: str, budget: int) -> "tuple[
 
 
 def _ask(client: "Client", question: _Question, say: Callable[[str], None]) -> dict[str, Any]:
-    prompt = f"\n\nQuestion: {question.question}\nAnswer: {question.answer_start}"
+    prompt = f"\n\n{question.prompt} {question.answer_start}"
     answers = {
         stream_id: client.generate(stream_id, prompt, max_tokens=16, stop=["\n"]).finish().text.strip()
         for stream_id in (_BOUNDED, _FULL)
     }
-    say(f"\n{question.question}  ({question.place})")
+    say(f"\n{question.prompt.splitlines()[0]}  ({question.place})")
     say(f"  bounded memory:                      {question.answer_start} [{answers[_BOUNDED]}]")
     say(f"  full cache of the last {NUM_RECENT_TOKENS:,} tokens: {question.answer_start} [{answers[_FULL]}]")
     return {
-        "question": question.question,
-        "is_in_window": question.is_in_window,
+        "prompt": question.prompt,
         "bounded": answers[_BOUNDED],
         "full_cache": answers[_FULL],
     }

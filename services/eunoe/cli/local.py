@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 # compares them.
 DEFAULT_MODEL = "smollm2-135m-instruct"
 DEFAULT_PORT = 8400
-DEFAULT_POLICY = "sinks-recent/1"
 
 _MEBIBYTE = 1024 * 1024
 
@@ -32,8 +31,12 @@ def up(
     ] = None,
     require_key: Annotated[bool, typer.Option("--require-key", help="Refuse calls without an API key.")] = False,
     policy: Annotated[
-        str, typer.Option(help="Which cached tokens stay: a policy's name, or that of a file in ~/.eunoe/policies.")
-    ] = DEFAULT_POLICY,
+        str | None,
+        typer.Option(
+            help="Which cached tokens stay: a policy's name, or that of a file in ~/.eunoe/policies. Default:"
+            " smollm2-namm for the default model, else sinks-recent/1."
+        ),
+    ] = None,
     json_output: JsonOption = False,
 ) -> None:
     """Start the whole platform on this machine, on loopback."""

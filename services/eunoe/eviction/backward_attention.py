@@ -106,15 +106,22 @@ class BackwardAttention:
 
     def _score(self, x_ZSI: torch.Tensor) -> torch.Tensor:
         """Scores of slots from the newest to the oldest."""
-        query, key, value = self._linear("input", x_ZSI).split(HIDDEN, dim=-1)
-        if self.attention == "dense":
-            seen_ZSC = F.scaled_dot_product_attention(query[:, None], key[:, None], value[:, None], is_causal=True)[
-                :, 0
-            ]
+        if self._is_linear:
+            seen_ZSC = x_ZSI.new_zeros(*x_ZSI.shape[:2], HIDDEN)
         else:
-            seen_ZSC = _attend_blocks(query, key, value)
+            query, key, value = self._linear("input", x_ZSI).split(HIDDEN, dim=-1)
+            if self.attention == "dense":
+                seen_ZSC = F.scaled_dot_product_attention(query[:, None], key[:, None], value[:, None], is_causal=True)
+                seen_ZSC = seen_ZSC[:, 0]
+            else:
+                seen_ZSC = _attend_blocks(query, key, value)
         residual, multiplier = self._linear("output", seen_ZSC).chunk(2, dim=-1)
         return (x_ZSI * (1 + multiplier)).add_(residual) @ self._matrix("score_weight") + self._matrix("score_bias")
+
+    @property
+    def _is_linear(self) -> bool:
+        """Whether nothing of what a slot sees of others is used: attending is nine tenths of the network's work."""
+        return not self._matrix("output_weight").any()
 
     def _linear(self, name: str, x: torch.Tensor) -> torch.Tensor:
         return F.linear(x, self._matrix(f"{name}_weight").T, self._matrix(f"{name}_bias"))

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 
@@ -12,6 +13,7 @@ from eunoe.cli import local
 from eunoe.cli.main import main
 from eunoe.cli.output import to_json
 from eunoe.embedded import models, platform
+from eunoe.eviction.policy_files import PolicyFiles
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
@@ -111,7 +113,11 @@ def test_ask_starts_without_anything_heavy() -> None:
 def test_the_defaults_that_help_shows_are_the_platforms() -> None:
     assert local.DEFAULT_MODEL == models.DEFAULT_MODEL
     assert local.DEFAULT_PORT == platform.DEFAULT_PORT
-    assert local.DEFAULT_POLICY == platform.DEFAULT_POLICY == eviction.DEFAULT_POLICY.name
+    (option,) = get_type_hints(local.up, include_extras=True)["policy"].__metadata__
+    trained, other = models.default_policy(models.DEFAULT_MODEL), models.default_policy("tiny")
+    assert other == eviction.DEFAULT_POLICY.name
+    assert option.help.endswith(f"Default: {trained} for the default model, else {other}.")
+    assert PolicyFiles(None).named(trained).statistics is not None
 
 
 def test_messages_become_json_with_numbers_and_plain_words() -> None:
