@@ -1,6 +1,9 @@
 """What the eviction sidecar promises to workers."""
 
+import asyncio
 import json
+import os
+import sys
 import tempfile
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -19,6 +22,7 @@ from eunoe.eviction_sidecar.config import EvictionSidecarConfig
 from eunoe.eviction_sidecar.sidecar import running_sidecar
 from eunoe.internal.v1 import eviction_sidecar_pb2 as pb
 from eunoe.internal.v1 import eviction_sidecar_pb2_grpc
+from eunoe.runtime.config import to_env
 from eunoe.runtime.errors import InvalidRequest, PolicyNotFound, from_rpc_error
 from eunoe.runtime.grpc_channel import open_channel
 from eunoe.runtime.payload_files import PayloadWriter
@@ -212,3 +216,28 @@ async def test_evictions_are_lines_of_files_that_are_rotated(sidecar: Sidecar) -
         "slots_after": 1024,
         "dropped": [[4, 9], [11, 11]],
     }
+
+
+async def test_a_sidecar_that_nobody_can_connect_to_any_more_ends_and_says_so() -> None:
+    with tempfile.TemporaryDirectory(prefix="eunoe-sidecar-") as name:
+        directory = Path(name)
+        config = EvictionSidecarConfig(
+            listen_address=f"unix:{directory}/sidecar.sock", reload_seconds=0.02, ready_file=directory / "ready"
+        )
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            "eunoe.eviction_sidecar",
+            env={**os.environ, **to_env(config, "EUNOE_EVICTION_SIDECAR")},
+            stderr=asyncio.subprocess.PIPE,
+        )
+        async with asyncio.timeout(50):
+            while not config.ready_file.exists():
+                assert process.returncode is None, "the sidecar ended"
+                await asyncio.sleep(0.02)
+
+            config.socket_path.unlink()
+            _, log = await process.communicate()
+
+        assert process.returncode == 1
+        assert b"nobody can connect any more" in log
