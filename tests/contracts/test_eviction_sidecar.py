@@ -17,7 +17,7 @@ from eunoe.eviction import POLICIES, HeavyHitter, Namm, ScoringPolicy, SnapKV
 from eunoe.eviction.backward_attention import NUM_PARAMETERS, BackwardAttention
 from eunoe.eviction.namm import Normalization
 from eunoe.eviction.policy import score, scoring_numerics
-from eunoe.eviction.tensor_payload import from_message, to_message
+from eunoe.eviction.tensor_payload import from_message, scores_digest, to_message
 from eunoe.eviction_sidecar.config import EvictionSidecarConfig
 from eunoe.eviction_sidecar.sidecar import running_sidecar
 from eunoe.internal.v1 import eviction_sidecar_pb2 as pb
@@ -97,8 +97,10 @@ async def test_scores_are_those_of_the_policy_bit_for_bit(
 
     response = await sidecar.stub.ScoreSlots(pb.ScoreSlotsRequest(policy=policy.name, features=message))
 
-    assert torch.equal(from_message(response.scores, sidecar.payloads), score(policy, feature_LHSI))
+    scores_LHS = score(policy, feature_LHSI)
+    assert torch.equal(from_message(response.scores, sidecar.payloads), scores_LHS)
     assert response.numerics == scoring_numerics()
+    assert response.digest == scores_digest(policy.name, feature_LHSI, scores_LHS)
 
 
 async def test_more_than_a_message_holds_comes_and_goes_in_files(sidecar: Sidecar) -> None:
