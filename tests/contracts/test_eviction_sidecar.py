@@ -6,6 +6,7 @@ import os
 import sys
 import tempfile
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import grpc
 import pytest
 import torch
 
+from eunoe.clients.eviction_sidecar import EvictionSidecarClient
 from eunoe.eviction import POLICIES, HeavyHitter, Namm, ScoringPolicy, SnapKV
 from eunoe.eviction.backward_attention import NUM_PARAMETERS, BackwardAttention
 from eunoe.eviction.namm import Normalization
@@ -23,7 +25,7 @@ from eunoe.eviction_sidecar.sidecar import running_sidecar
 from eunoe.internal.v1 import eviction_sidecar_pb2 as pb
 from eunoe.internal.v1 import eviction_sidecar_pb2_grpc
 from eunoe.runtime.config import to_env
-from eunoe.runtime.errors import InvalidRequest, PolicyNotFound, from_rpc_error
+from eunoe.runtime.errors import EunoeError, InvalidRequest, PolicyNotFound, from_rpc_error
 from eunoe.runtime.grpc_channel import open_channel
 from eunoe.runtime.payload_files import PayloadWriter
 
@@ -218,6 +220,24 @@ async def test_evictions_are_lines_of_files_that_are_rotated(sidecar: Sidecar) -
         "slots_after": 1024,
         "dropped": [[4, 9], [11, 11]],
     }
+
+
+def test_an_answer_of_no_message_is_an_error() -> None:
+    service = pb.DESCRIPTOR.services_by_name["EvictionSidecarService"].full_name
+    # For which the server may send as many messages as it likes.
+    handler = grpc.unary_stream_rpc_method_handler(lambda request, context: iter(()))
+    server = grpc.server(ThreadPoolExecutor(1))
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, {"ScoreSlots": handler}),))
+    with tempfile.TemporaryDirectory(prefix="eunoe-sidecar-") as directory:
+        server.add_insecure_port(f"unix:{directory}/sidecar.sock")
+        server.start()
+        client = EvictionSidecarClient(f"unix:{directory}/sidecar.sock", deadline_seconds=20.0)
+
+        with pytest.raises(EunoeError, match="answered nothing"):
+            client.score_slots(pb.ScoreSlotsRequest())
+
+        client.close()
+        server.stop(None).wait()
 
 
 async def test_a_sidecar_that_nobody_can_connect_to_any_more_ends_and_says_so() -> None:

@@ -8,7 +8,7 @@ import grpc
 
 from eunoe.internal.v1 import eviction_sidecar_pb2 as pb
 from eunoe.internal.v1 import eviction_sidecar_pb2_grpc
-from eunoe.runtime.errors import from_rpc_error
+from eunoe.runtime.errors import EunoeError, from_rpc_error
 from eunoe.runtime.grpc_channel import open_blocking_channel
 
 DEADLINE_SECONDS = 0.5
@@ -46,6 +46,7 @@ class EvictionSidecarClient:
             PolicyNotFound: If the policy is not there.
             InvalidRequest: If the features are not what was meant.
             DeadlineTooShort, Unavailable.
+            EunoeError: If the answer is none.
         """
         timeout = max(0.0, self._deadline_seconds - spent_seconds)
         response: pb.ScoreSlotsResponse = _waited_for(self._stub.ScoreSlots, request, timeout)
@@ -89,6 +90,10 @@ class EvictionSidecarClient:
 
 def _waited_for(method: Callable[..., Any], request: Any, timeout_seconds: float) -> Any:
     try:
-        return method(request, timeout=timeout_seconds)
+        response = method(request, timeout=timeout_seconds)
     except grpc.RpcError as error:
         raise from_rpc_error(error) from error
+    if response is None:
+        # grpc takes a status of OK without a message for an answer.
+        raise EunoeError("the sidecar answered nothing")
+    return response
