@@ -8,7 +8,6 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 from eunoe.runtime.logging import configure_logging
@@ -25,7 +24,7 @@ class _Stopped(Exception):
     """A signal to stop has come."""
 
 
-def keep(ready_file: Path, command: Sequence[str]) -> int:
+def keep(ready_file: Path, command: list[str]) -> int:
     """Run the command until a signal to stop comes, or it ends without having served; the exit status.
 
     Args:

@@ -59,10 +59,13 @@ def main() -> int:
 
 async def _end_without_socket(path: Path, seconds: float) -> None:
     """Wait until the file of the server that starts is there no longer, then have the process drain."""
-    while (first := _inode(path)) is None:
-        await asyncio.sleep(_START_POLL_SECONDS)
-    while _inode(path) == first:
-        await asyncio.sleep(seconds)
+    first = None
+    while True:
+        found = _inode(path)
+        if first is not None and found != first:
+            break
+        first = found
+        await asyncio.sleep(_START_POLL_SECONDS if first is None else seconds)
     signal.raise_signal(signal.SIGTERM)
 
 

@@ -80,9 +80,7 @@ class Scoring:
             # A worker waits for one answer at a time, so it needs one file.
             writer = PayloadWriter(self._payload_dir, f"{request.features.file.name}-scores")
         digest = scores_digest(policy.name, feature_LHSI, scores_LHS)
-        return pb.ScoreSlotsResponse(
-            scores=to_message(scores_LHS, writer), numerics=scoring_numerics(), digest=digest
-        )
+        return pb.ScoreSlotsResponse(scores=to_message(scores_LHS, writer), numerics=scoring_numerics(), digest=digest)
 
     def _compare(self, request: pb.ComparePoliciesRequest) -> pb.ComparePoliciesResponse:
         shadow = self._policy(request.shadow_policy)

@@ -1,8 +1,8 @@
 """The worker's side of the eviction sidecar: what is asked of it, and what is done when it does not answer.
 
-Everything here runs on the engine thread and blocks it, for a segment no longer than the deadline: no answer, a late one
-or nonsense is a fallback, and the segment goes on. After a late answer the sidecar is left alone for ten deadlines, so that one
-that hangs costs a tenth of the time at most.
+Everything here runs on the engine thread and blocks it, for a segment no longer than the deadline: no answer, a late
+one or nonsense is a fallback, and the segment goes on. After a late answer the sidecar is left alone for ten deadlines,
+so that one that hangs costs a tenth of the time at most.
 """
 
 import logging

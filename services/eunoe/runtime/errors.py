@@ -330,7 +330,9 @@ def _described(detail: any_pb2.Any, message: str) -> EunoeError | None:
         error_class = _BY_REASON[info.reason]
         hints = get_type_hints(error_class)
         known = {f.name for f in fields(error_class)} - {"message"}
-        return error_class(message, **{name: hints[name](text) for name, text in info.metadata.items() if name in known})
+        return error_class(
+            message, **{name: hints[name](text) for name, text in info.metadata.items() if name in known}
+        )
     except (DecodeError, TypeError, ValueError):
         # No such message, or one without the attributes of its class, or with others: the code still counts.
         return None

@@ -65,7 +65,10 @@ def test_details_that_cannot_be_understood_leave_the_class_of_the_code(detail: a
 
 def test_a_status_that_is_no_message_leaves_the_class_of_the_code() -> None:
     error = grpc.aio.AioRpcError(
-        grpc.StatusCode.UNAVAILABLE, grpc.aio.Metadata(), grpc.aio.Metadata(("grpc-status-details-bin", b"\xff")), "away"
+        grpc.StatusCode.UNAVAILABLE,
+        grpc.aio.Metadata(),
+        grpc.aio.Metadata(("grpc-status-details-bin", b"\xff")),
+        "away",
     )
 
     assert type(from_rpc_error(error)) is Unavailable
