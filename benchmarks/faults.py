@@ -255,6 +255,33 @@ def gateway(run: Run) -> None:
     run.report.add("gateway_kill_pause_p50_seconds", figures.pause_p50_seconds, longest)
 
 
+def sidecar(run: Run) -> None:
+    from sidecar_faults import sidecar_faults
+
+    figures = asyncio.run(sidecar_faults(run.count(200, 13), SEED, _tiny_model(run)))
+    wrong = (figures.failed_appends, figures.misrecorded, figures.not_back, figures.different, figures.failed_folds)
+    _say_violations(run, [problem for problems in wrong for problem in problems])
+    num_faults, num_fallbacks = figures.faults.total(), figures.counted.total()
+    appended = (
+        f"of {figures.num_appends} in {num_faults} faults; {figures.lost_bytes} of {figures.num_bytes:,} bytes lost"
+    )
+    run.report.add("sidecar_failed_appends", len(figures.failed_appends), appended)
+    run.report.say(f"    {_kinds(figures.faults)}; {figures.num_hits} of them hit a segment; {figures.seconds:.0f} s")
+    num_wrong = (figures.counted - figures.recorded).total() + (figures.recorded - figures.counted).total()
+    decided = f"of {num_fallbacks} in {figures.num_evictions} evictions: {_kinds(figures.counted)}"
+    run.report.add("sidecar_fallbacks_unrecorded", num_wrong + len(figures.misrecorded), decided)
+    seconds = f"median {figures.back_p50_seconds:.1f} s, at most {figures.back_max_seconds:.1f}"
+    run.report.add("sidecar_policies_not_back", len(figures.not_back), f"until all streams had: {seconds}")
+    num_streams = figures.verdicts.total()
+    run.report.add(
+        "sidecar_verified_share",
+        figures.verdicts["VERIFIED"] / num_streams,
+        f"of {num_streams} streams, by another worker",
+    )
+    usual = f"usually {1000 * figures.usual_seconds:.1f}; the deadline is 500"
+    run.report.add("sidecar_longest_segment_ms", 1000 * max(figures.longest_seconds.values()), usual)
+
+
 def fuzzed(run: Run) -> None:
     from fuzzing import TARGETS, fuzz
 
@@ -294,6 +321,7 @@ SECTIONS: dict[str, Callable[[Run], None]] = {
     "storm": storm,
     "slow": slow,
     "gateway": gateway,
+    "sidecar": sidecar,
     "fuzz": fuzzed,
     "recovery": recovered,
 }

@@ -1,8 +1,12 @@
 """What the eviction sidecar promises to workers."""
 
+import asyncio
 import json
+import os
+import sys
 import tempfile
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,16 +14,18 @@ import grpc
 import pytest
 import torch
 
+from eunoe.clients.eviction_sidecar import EvictionSidecarClient
 from eunoe.eviction import POLICIES, HeavyHitter, Namm, ScoringPolicy, SnapKV
 from eunoe.eviction.backward_attention import NUM_PARAMETERS, BackwardAttention
 from eunoe.eviction.namm import Normalization
 from eunoe.eviction.policy import score, scoring_numerics
-from eunoe.eviction.tensor_payload import from_message, to_message
+from eunoe.eviction.tensor_payload import from_message, scores_digest, to_message
 from eunoe.eviction_sidecar.config import EvictionSidecarConfig
 from eunoe.eviction_sidecar.sidecar import running_sidecar
 from eunoe.internal.v1 import eviction_sidecar_pb2 as pb
 from eunoe.internal.v1 import eviction_sidecar_pb2_grpc
-from eunoe.runtime.errors import InvalidRequest, PolicyNotFound, from_rpc_error
+from eunoe.runtime.config import to_env
+from eunoe.runtime.errors import EunoeError, InvalidRequest, PolicyNotFound, from_rpc_error
 from eunoe.runtime.grpc_channel import open_channel
 from eunoe.runtime.payload_files import PayloadWriter
 
@@ -93,8 +99,10 @@ async def test_scores_are_those_of_the_policy_bit_for_bit(
 
     response = await sidecar.stub.ScoreSlots(pb.ScoreSlotsRequest(policy=policy.name, features=message))
 
-    assert torch.equal(from_message(response.scores, sidecar.payloads), score(policy, feature_LHSI))
+    scores_LHS = score(policy, feature_LHSI)
+    assert torch.equal(from_message(response.scores, sidecar.payloads), scores_LHS)
     assert response.numerics == scoring_numerics()
+    assert response.digest == scores_digest(policy.name, feature_LHSI, scores_LHS)
 
 
 async def test_more_than_a_message_holds_comes_and_goes_in_files(sidecar: Sidecar) -> None:
@@ -212,3 +220,46 @@ async def test_evictions_are_lines_of_files_that_are_rotated(sidecar: Sidecar) -
         "slots_after": 1024,
         "dropped": [[4, 9], [11, 11]],
     }
+
+
+def test_an_answer_of_no_message_is_an_error() -> None:
+    service = pb.DESCRIPTOR.services_by_name["EvictionSidecarService"].full_name
+    # For which the server may send as many messages as it likes.
+    handler = grpc.unary_stream_rpc_method_handler(lambda request, context: iter(()))
+    server = grpc.server(ThreadPoolExecutor(1))
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, {"ScoreSlots": handler}),))
+    with tempfile.TemporaryDirectory(prefix="eunoe-sidecar-") as directory:
+        server.add_insecure_port(f"unix:{directory}/sidecar.sock")
+        server.start()
+        client = EvictionSidecarClient(f"unix:{directory}/sidecar.sock", deadline_seconds=20.0)
+
+        with pytest.raises(EunoeError, match="answered nothing"):
+            client.score_slots(pb.ScoreSlotsRequest())
+
+        client.close()
+        server.stop(None).wait()
+
+
+async def test_a_sidecar_that_nobody_can_connect_to_any_more_ends_and_says_so() -> None:
+    with tempfile.TemporaryDirectory(prefix="eunoe-sidecar-") as name:
+        directory = Path(name)
+        config = EvictionSidecarConfig(
+            listen_address=f"unix:{directory}/sidecar.sock", reload_seconds=0.02, ready_file=directory / "ready"
+        )
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            "eunoe.eviction_sidecar",
+            env={**os.environ, **to_env(config, "EUNOE_EVICTION_SIDECAR")},
+            stderr=asyncio.subprocess.PIPE,
+        )
+        async with asyncio.timeout(50):
+            while not config.ready_file.exists():
+                assert process.returncode is None, "the sidecar ended"
+                await asyncio.sleep(0.02)
+
+            config.socket_path.unlink()
+            _, log = await process.communicate()
+
+        assert process.returncode == 1
+        assert b"nobody can connect any more" in log

@@ -1,5 +1,7 @@
-"""A crash of the platform, and its end. These tests run last: they break what the others share."""
+"""A crash of a part and of the whole platform, and its end. These tests run last: they break what the others share."""
 
+import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,21 @@ from eunoe.client import Client
 from eunoe.embedded.platform import Platform
 
 Run = Callable[..., Any]
+
+
+def test_a_sidecar_that_was_killed_is_started_again(eunoe: Run, platform: Platform) -> None:
+    (keeper,) = (process for process in platform.record.processes if process.name == "eviction_sidecar")
+    (killed,) = psutil.Process(keeper.pid).children()
+    ready_file = Path(platform.record.temp_dir) / "eviction_sidecar.json"
+
+    killed.kill()
+    give_up_at = time.monotonic() + 60
+    while not ready_file.exists() or json.loads(ready_file.read_text())["pid"] == killed.pid:
+        assert time.monotonic() < give_up_at, "no other sidecar serves"
+        time.sleep(0.05)
+
+    assert [child.pid for child in psutil.Process(keeper.pid).children()] != [killed.pid]
+    assert eunoe("status").code == 0
 
 
 def test_after_a_crash_up_goes_on_with_the_same_data(

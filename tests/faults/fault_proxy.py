@@ -10,6 +10,7 @@ import contextlib
 import random
 import socket
 import struct
+from pathlib import Path
 from typing import Self
 
 _READ_BYTES = 1 << 16
@@ -23,21 +24,25 @@ class FaultProxy:
 
     Args:
         target: Where to: "host:port" or "unix:///path". May be set anew: connections to come go there.
-        seed: Of the sizes and pauses of delays and drips.
+        seed: Of the sizes and pauses of delays and drips, and of what is corrupted.
+        listen_path: Where to listen, as a unix socket; None picks a port of loopback.
 
     Attributes:
         delay_seconds: Longest pause before a piece is forwarded.
         drip_bytes: Most bytes that are forwarded at once; 0 is no limit.
+        corrupts_replies: Whether a byte of each piece of a reply is changed.
         num_lost_bytes: Bytes of replies that were thrown away.
         num_connections: Connections taken so far.
     """
 
-    def __init__(self, target: str, seed: int = 0) -> None:
+    def __init__(self, target: str, seed: int = 0, listen_path: Path | None = None) -> None:
         self.target = target
         self.delay_seconds = 0.0
         self.drip_bytes = 0
+        self.corrupts_replies = False
         self.num_lost_bytes = 0
         self.num_connections = 0
+        self._listen_path = listen_path
         self._randomness = random.Random(seed)
         self._loses_replies = False
         self._bytes_to_reset: int | None = None
@@ -47,7 +52,10 @@ class FaultProxy:
         self._server: asyncio.Server
 
     async def __aenter__(self) -> Self:
-        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        if self._listen_path is None:
+            self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        else:
+            self._server = await asyncio.start_unix_server(self._serve, self._listen_path)
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -59,19 +67,22 @@ class FaultProxy:
 
     @property
     def address(self) -> str:
-        """host:port of this proxy."""
+        """host:port of this proxy, or unix:path."""
+        if self._listen_path is not None:
+            return f"unix:{self._listen_path}"
         host, port = self._server.sockets[0].getsockname()
         return f"{host}:{port}"
 
     def heal(self) -> None:
-        """Forward faithfully again. A connection that has lost bytes is reset: it could not go on."""
+        """Forward faithfully again. A connection of which bytes were lost or changed is reset: it could not go on."""
         self.delay_seconds = 0.0
         self.drip_bytes = 0
+        self.corrupts_replies = False
         self._loses_replies = False
         self._bytes_to_reset = None
         self._is_open.set()
         for link in self._links.values():
-            if link.has_lost_bytes:
+            if link.has_lost_bytes or link.has_corrupted_bytes:
                 link.reset()
 
     def drip(self, bytes_per_second: int) -> None:
@@ -139,6 +150,9 @@ class FaultProxy:
                         self.num_lost_bytes += len(piece)
                         link.has_lost_bytes = True
                         continue
+                    if is_reply and self.corrupts_replies:
+                        piece = self._corrupted(piece)
+                        link.has_corrupted_bytes = True
                     if self._is_due_to_reset(len(piece)):
                         self.reset_all()
                         return
@@ -148,6 +162,11 @@ class FaultProxy:
             writer.write_eof()
         except (ConnectionError, OSError, RuntimeError):
             link.reset()
+
+    def _corrupted(self, piece: bytes) -> bytes:
+        changed = bytearray(piece)
+        changed[self._randomness.randrange(len(changed))] ^= self._randomness.randint(1, 255)
+        return bytes(changed)
 
     def _is_due_to_reset(self, num_bytes: int) -> bool:
         if self._bytes_to_reset is None:
@@ -168,6 +187,7 @@ class _Link:
         self.server_writer: asyncio.StreamWriter
         self.is_reset = asyncio.Event()
         self.has_lost_bytes = False
+        self.has_corrupted_bytes = False
         self._is_connected = False
 
     async def connect(self, target: str) -> bool:

@@ -84,6 +84,38 @@ async def test_drips_and_delays_change_no_byte(proxy: FaultProxy) -> None:
     writer.close()
 
 
+async def test_a_proxy_may_listen_at_a_unix_socket(echo: EchoServer, tmp_path_factory) -> None:
+    directory = tmp_path_factory.mktemp("proxy")
+    async with (
+        await asyncio.start_unix_server(echo.serve, directory / "s"),
+        FaultProxy(f"unix://{directory}/s", listen_path=directory / "p") as proxy,
+    ):
+        assert proxy.address == f"unix:{directory}/p"
+        reader, writer = await asyncio.open_unix_connection(directory / "p")
+        writer.write(b"hello")
+        assert await reader.readexactly(5) == b"hello"
+
+        proxy.reset_all()
+
+        assert await reader.read() == b""
+        writer.close()
+
+
+async def test_a_corrupted_reply_is_another_of_the_same_length(proxy: FaultProxy, echo: EchoServer) -> None:
+    reader, writer = await connected(proxy)
+    proxy.corrupts_replies = True
+
+    writer.write(b"request")
+    reply = await reader.readexactly(7)
+    proxy.heal()
+
+    assert reply != b"request"
+    assert echo.received == b"hellorequest"
+    with pytest.raises(ConnectionResetError):
+        await reader.read()
+    writer.close()
+
+
 async def test_reset_reaches_both_sides(proxy: FaultProxy, echo: EchoServer, request) -> None:
     reader, writer = await connected(proxy)
 

@@ -43,7 +43,7 @@ class Fault(Exception):
 
 
 class Process:
-    """A process forked from the warm one: `python -m <module>` with an environment, its output in a file."""
+    """A process forked from the warm one: a module's `main` with an environment, its output in a file."""
 
     def __init__(self, module: str, environment: dict[str, str], log_file: Path) -> None:
         self.log_file = log_file
@@ -95,14 +95,12 @@ class Worker(Process):
         failpoints: What it was armed with.
     """
 
-    def __init__(self, config: WorkerConfig, failpoints: str, log_file: Path) -> None:
+    def __init__(self, config: WorkerConfig, failpoints: str, log_file: Path, module: str) -> None:
         assert config.ready_file is not None
         self.ready_file = config.ready_file
         self.failpoints = failpoints
         self.address = ""
-        super().__init__(
-            "eunoe.model_worker", {**to_env(config, "EUNOE_WORKER"), "EUNOE_FAILPOINTS": failpoints}, log_file
-        )
+        super().__init__(module, {**to_env(config, "EUNOE_WORKER"), "EUNOE_FAILPOINTS": failpoints}, log_file)
 
     async def serves(self) -> bool:
         """Wait until it serves; False if it ended before."""
@@ -132,7 +130,7 @@ class Gateway(Process):
             "ready_file": self._ready_file,
         }
         environment = to_env(GatewayConfig(**{**defaults, **settings}), "EUNOE_GATEWAY")
-        super().__init__("eunoe.gateway", environment, directory / "gateway.log")
+        super().__init__("eunoe.gateway.__main__", environment, directory / "gateway.log")
 
     async def serves(self) -> bool:
         """Whether it serves by now."""
@@ -189,8 +187,10 @@ class Site:
         await asyncio.to_thread(self._end_processes)
         shutil.rmtree(self._directory, ignore_errors=True)
 
-    def start_worker(self, *, failpoints: str = "", **settings: Any) -> Worker:
-        """Start a worker; settings override what is said here."""
+    def start_worker(
+        self, *, failpoints: str = "", module: str = "eunoe.model_worker.__main__", **settings: Any
+    ) -> Worker:
+        """Start a worker, the process of a module's `main`; settings override what is said here."""
         self._num_started += 1
         stem = self._directory / f"worker{self._num_started}"
         defaults = {
@@ -203,7 +203,7 @@ class Site:
             "drain_seconds": 0.5,
             "ready_file": stem.with_suffix(".json"),
         }
-        worker = Worker(WorkerConfig(**{**defaults, **settings}), failpoints, stem.with_suffix(".log"))
+        worker = Worker(WorkerConfig(**{**defaults, **settings}), failpoints, stem.with_suffix(".log"), module)
         self.workers.append(worker)
         return worker
 
@@ -253,7 +253,7 @@ class Site:
             **self._store_settings,
         }
         prefixed = {f"EUNOE_STATE_STORE_{name}": value for name, value in environment.items()}
-        return Process("eunoe.state_store", prefixed, self._directory / "state_store.log")
+        return Process("eunoe.state_store.__main__", prefixed, self._directory / "state_store.log")
 
     async def _redis_answers(self) -> None:
         socket_path = self._directory / "redis.sock"
@@ -293,7 +293,7 @@ async def until(
 
 def _context() -> ForkServerContext:
     context = multiprocessing.get_context("forkserver")
-    mains = [f"eunoe.{name}.__main__" for name in ("model_worker", "state_store", "gateway")]
+    mains = [f"eunoe.{name}.__main__" for name in ("model_worker", "state_store", "gateway", "eviction_sidecar")]
     context.set_forkserver_preload(["worker_processes", *mains])
     return context
 
@@ -307,4 +307,4 @@ def _run_module(module: str, environment: dict[str, str], log_file: str) -> None
     os.dup2(log, 2)
     os.environ.update(environment)
     failpoints.arm_from(environment.get(failpoints.VARIABLE, ""))
-    sys.exit(importlib.import_module(f"{module}.__main__").main())
+    sys.exit(importlib.import_module(module).main())

@@ -8,7 +8,7 @@ import grpc
 
 from eunoe.internal.v1 import eviction_sidecar_pb2 as pb
 from eunoe.internal.v1 import eviction_sidecar_pb2_grpc
-from eunoe.runtime.errors import from_rpc_error
+from eunoe.runtime.errors import EunoeError, from_rpc_error
 from eunoe.runtime.grpc_channel import open_blocking_channel
 
 DEADLINE_SECONDS = 0.5
@@ -34,21 +34,22 @@ class EvictionSidecarClient:
         self._has_ended = threading.Condition()
 
     def choose_policy(self, stream: str) -> pb.ChoosePolicyResponse:
-        """Which policy decides for the stream, by its full name."""
-        response: pb.ChoosePolicyResponse = self._waited_for(
-            self._stub.ChoosePolicy, pb.ChoosePolicyRequest(stream=stream)
-        )
+        """Which policy decides for the stream, by its full name; errors as `score_slots`."""
+        request = pb.ChoosePolicyRequest(stream=stream)
+        response: pb.ChoosePolicyResponse = _waited_for(self._stub.ChoosePolicy, request, self._deadline_seconds)
         return response
 
-    def score_slots(self, request: pb.ScoreSlotsRequest) -> pb.ScoreSlotsResponse:
-        """Scores of all layers and heads.
+    def score_slots(self, request: pb.ScoreSlotsRequest, spent_seconds: float = 0.0) -> pb.ScoreSlotsResponse:
+        """Scores of all layers and heads, of which the deadline is so much nearer than usual.
 
         Raises:
             PolicyNotFound: If the policy is not there.
             InvalidRequest: If the features are not what was meant.
             DeadlineTooShort, Unavailable.
+            EunoeError: If the answer is none.
         """
-        response: pb.ScoreSlotsResponse = self._waited_for(self._stub.ScoreSlots, request)
+        timeout = max(0.0, self._deadline_seconds - spent_seconds)
+        response: pb.ScoreSlotsResponse = _waited_for(self._stub.ScoreSlots, request, timeout)
         return response
 
     @property
@@ -79,15 +80,20 @@ class EvictionSidecarClient:
         """End all calls."""
         self._channel.close()
 
-    def _waited_for(self, method: Callable[..., Any], request: Any) -> Any:
-        try:
-            return method(request, timeout=self._deadline_seconds)
-        except grpc.RpcError as error:
-            raise from_rpc_error(error) from error
-
     def _note_end(self, call: Any, on_lost: Callable[[], None]) -> None:
         if call.code() is not grpc.StatusCode.OK:
             on_lost()
         with self._has_ended:
             self._under_way.discard(call)
             self._has_ended.notify_all()
+
+
+def _waited_for(method: Callable[..., Any], request: Any, timeout_seconds: float) -> Any:
+    try:
+        response = method(request, timeout=timeout_seconds)
+    except grpc.RpcError as error:
+        raise from_rpc_error(error) from error
+    if response is None:
+        # grpc takes a status of OK without a message for an answer.
+        raise EunoeError("the sidecar answered nothing")
+    return response

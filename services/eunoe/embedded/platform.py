@@ -195,7 +195,8 @@ class Platform:
             ready_file=sidecar_ready_file,
         )
         environment = {**to_env(sidecar_config, "EUNOE_EVICTION_SIDECAR"), "OMP_NUM_THREADS": "1"}
-        sidecar = self._spawn("eviction_sidecar", _module("eunoe.eviction_sidecar"), environment)
+        keeper = [*_module("eunoe.embedded.keeper"), str(sidecar_ready_file)]
+        sidecar = self._spawn("eviction_sidecar", [*keeper, *_module("eunoe.eviction_sidecar")], environment)
 
         serve_grpc_port, serve_http_port = free_ports(2)
         ray_ready_file = temp_dir / "ray_host.json"

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+import xxhash
 
 from eunoe.internal.v1 import eviction_sidecar_pb2 as pb
 from eunoe.runtime.payload_files import INLINE_BYTES, PayloadWriter, read_payload
@@ -30,6 +31,15 @@ def to_message(tensor: torch.Tensor, writer: PayloadWriter | None) -> pb.Tensor:
     else:
         message.file.name, message.file.generation = writer.name, writer.write(data)
     return message
+
+
+def scores_digest(policy: str, feature_LHSI: torch.Tensor, scores_LHS: torch.Tensor) -> bytes:
+    """Digest by which a worker knows that scores are those that a policy gave to its features, and came whole."""
+    digest = xxhash.xxh3_128(policy.encode())
+    for tensor in (feature_LHSI, scores_LHS):
+        digest.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.contiguous().numpy().data.cast("B") if tensor.numel() else b"")
+    return digest.digest()
 
 
 def from_message(message: pb.Tensor, directory: Path | None) -> torch.Tensor:

@@ -33,3 +33,8 @@ class EvictionSidecarConfig:
             raise ValueError(f"listen_address={self.listen_address!r} is no unix:path")
         if self.reload_seconds <= 0 or self.num_audit_files < 1:
             raise ValueError("reload_seconds must be positive, and num_audit_files at least 1")
+
+    @property
+    def socket_path(self) -> Path:
+        """The socket's file."""
+        return Path(self.listen_address.removeprefix("unix:"))

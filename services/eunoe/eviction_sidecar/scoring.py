@@ -13,7 +13,7 @@ import torch
 from eunoe.eviction import EvictionPolicy, ScoringPolicy
 from eunoe.eviction.policy import score, scoring_numerics
 from eunoe.eviction.policy_files import PolicyFiles
-from eunoe.eviction.tensor_payload import from_message, to_message
+from eunoe.eviction.tensor_payload import from_message, scores_digest, to_message
 from eunoe.eviction_sidecar import metrics
 from eunoe.internal.v1 import eviction_sidecar_pb2 as pb
 from eunoe.runtime.errors import InvalidRequest, PolicyNotFound
@@ -73,13 +73,14 @@ class Scoring:
         policy = self._policy(request.policy)
         feature_LHSI = self._features(request.features)
         start = time.monotonic()
-        scores_LHS = _scored(policy, feature_LHSI)
+        scores_LHS = _scored(policy, feature_LHSI.float())
         metrics.SCORING_SECONDS.labels(policy.name).observe(time.monotonic() - start)
         writer = None
         if request.features.HasField("file") and self._payload_dir is not None:
             # A worker waits for one answer at a time, so it needs one file.
             writer = PayloadWriter(self._payload_dir, f"{request.features.file.name}-scores")
-        return pb.ScoreSlotsResponse(scores=to_message(scores_LHS, writer), numerics=scoring_numerics())
+        digest = scores_digest(policy.name, feature_LHSI, scores_LHS)
+        return pb.ScoreSlotsResponse(scores=to_message(scores_LHS, writer), numerics=scoring_numerics(), digest=digest)
 
     def _compare(self, request: pb.ComparePoliciesRequest) -> pb.ComparePoliciesResponse:
         shadow = self._policy(request.shadow_policy)
@@ -89,7 +90,7 @@ class Scoring:
         if kept_LHS.shape[:2] != feature_LHSI.shape[:2] or kept_LHS.min() < 0 or kept_LHS.max() >= num_slots:
             raise InvalidRequest(f"slots {tuple(kept_LHS.shape)} are not of features {tuple(feature_LHSI.shape)}")
         shape = _Shape(num_slots, request.num_sink_tokens)
-        shadow_LHS = shadow.keep_scored(_scored(shadow, feature_LHSI), shape, request.budget)
+        shadow_LHS = shadow.keep_scored(_scored(shadow, feature_LHSI.float()), shape, request.budget)
         is_kept_LHS = torch.zeros(feature_LHSI.shape[:3], dtype=torch.bool).scatter_(2, kept_LHS, True)
         num_kept, num_agreed = kept_LHS.numel(), int(is_kept_LHS.gather(2, shadow_LHS).sum())
         metrics.COMPARED_SLOTS.labels(request.policy, shadow.name).inc(num_kept)
@@ -108,7 +109,7 @@ class Scoring:
         feature_LHSI = from_message(message, self._payload_dir)
         if feature_LHSI.dim() != 4:
             raise InvalidRequest(f"features {tuple(feature_LHSI.shape)} have no layer, head, slot and feature")
-        return feature_LHSI.float()
+        return feature_LHSI
 
 
 def _scored(policy: ScoringPolicy, feature_LHSI: torch.Tensor) -> torch.Tensor:

@@ -44,9 +44,10 @@ class StreamEvictions:
             return recorded
         if self._sidecar is None:
             return self._policy
+        start = time.monotonic()
         choice = self._sidecar.choose(self._stream, self._policy)
         self._policy = choice.policy
-        return SegmentPolicy(self._sidecar, choice, self._stream, segment)
+        return SegmentPolicy(self._sidecar, choice, self._stream, segment, time.monotonic() - start)
 
     def of_copy(self) -> EvictionPolicy:
         """The policy of a copy that is never committed, and of which nothing is recorded."""
@@ -54,12 +55,19 @@ class StreamEvictions:
 
 
 class CopyPolicy:
-    """A policy that the sidecar scores for; sinks and recent where it does not."""
+    """A policy that the sidecar scores for; sinks and recent where it does not.
 
-    def __init__(self, sidecar: Sidecar, policy: EvictionPolicy) -> None:
+    Args:
+        sidecar: Of the worker.
+        policy: In charge.
+        spent_seconds: That the sidecar has taken already of the time that it has for the next scores.
+    """
+
+    def __init__(self, sidecar: Sidecar, policy: EvictionPolicy, spent_seconds: float = 0.0) -> None:
         self._sidecar = sidecar
         self._policy = policy
         self._decided = policy
+        self._spent_seconds = spent_seconds
 
     @property
     def name(self) -> str:
@@ -77,7 +85,8 @@ class CopyPolicy:
         if not isinstance(self._policy, ScoringPolicy):
             return self._policy.keep(window, budget)
         try:
-            return self._policy.keep_scored(self._sidecar.scores(self._policy, window), window, budget)
+            scores_LHS = self._sidecar.scores(self._policy, window, self._spent_seconds)
+            return self._policy.keep_scored(scores_LHS, window, budget)
         except NoScores as error:
             self._decided = Fallback(error.reason, self._policy)
             metrics.FALLBACKS.labels(error.reason).inc()
@@ -87,8 +96,8 @@ class CopyPolicy:
 class SegmentPolicy(CopyPolicy):
     """The policy of one segment of a stream: compared with its shadow, and recorded."""
 
-    def __init__(self, sidecar: Sidecar, choice: Choice, stream: str, segment: int) -> None:
-        super().__init__(sidecar, choice.policy)
+    def __init__(self, sidecar: Sidecar, choice: Choice, stream: str, segment: int, spent_seconds: float) -> None:
+        super().__init__(sidecar, choice.policy, spent_seconds)
         self._shadow = choice.shadow
         self._stream = stream
         self._segment = segment

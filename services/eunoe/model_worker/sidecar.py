@@ -1,8 +1,8 @@
 """The worker's side of the eviction sidecar: what is asked of it, and what is done when it does not answer.
 
-Everything here runs on the engine thread and blocks it, no longer than the deadline: no answer, a late one or nonsense
-is a fallback, and the segment goes on. After a late answer the sidecar is left alone for ten deadlines, so that one
-that hangs costs a tenth of the time at most.
+Everything here runs on the engine thread and blocks it, for a segment no longer than the deadline: no answer, a late
+one or nonsense is a fallback, and the segment goes on. After a late answer the sidecar is left alone for ten deadlines,
+so that one that hangs costs a tenth of the time at most.
 """
 
 import logging
@@ -18,7 +18,7 @@ from eunoe.eviction import EvictionPolicy, ScoringPolicy
 from eunoe.eviction.catalogue import Choice
 from eunoe.eviction.policy import Window, score, scoring_numerics
 from eunoe.eviction.policy_files import PolicyFiles
-from eunoe.eviction.tensor_payload import from_message, to_message
+from eunoe.eviction.tensor_payload import from_message, scores_digest, to_message
 from eunoe.internal.v1 import eviction_sidecar_pb2 as pb
 from eunoe.model_worker import metrics
 from eunoe.runtime.errors import DeadlineTooShort, EunoeError, PolicyNotFound, Unavailable
@@ -81,15 +81,25 @@ class Sidecar:
             return Choice(present)
         return Choice(policy, shadow if isinstance(shadow, ScoringPolicy) else None)
 
-    def scores(self, policy: ScoringPolicy, window: Window) -> torch.Tensor:
+    def scores(self, policy: ScoringPolicy, window: Window, spent_seconds: float = 0.0) -> torch.Tensor:
         """The policy's scores of the window, float32 [L, H, S].
+
+        Args:
+            policy: Scores.
+            window: A memory state at a segment boundary.
+            spent_seconds: Of the deadline.
 
         Raises:
             NoScores: If there are none in time that can be used.
         """
         feature_LHSI = policy.features(window)
-        scores_LHS = score(policy, feature_LHSI) if self._scores_in_process else self._asked(policy, feature_LHSI)
-        if scores_LHS.shape != feature_LHSI.shape[:3] or scores_LHS.dtype != torch.float32 or scores_LHS.isnan().any():
+        if self._scores_in_process:
+            scores_LHS = score(policy, feature_LHSI)
+        else:
+            scores_LHS = self._asked(policy, feature_LHSI, spent_seconds)
+        is_fitting = scores_LHS.shape == feature_LHSI.shape[:3] and scores_LHS.dtype == torch.float32
+        # Infinity is for sinks and the newest slots.
+        if not is_fitting or not scores_LHS.isfinite().all():
             raise NoScores("bad-scores")
         return scores_LHS
 
@@ -127,7 +137,7 @@ class Sidecar:
             if writer is not None:
                 writer.close()
 
-    def _asked(self, policy: ScoringPolicy, feature_LHSI: torch.Tensor) -> torch.Tensor:
+    def _asked(self, policy: ScoringPolicy, feature_LHSI: torch.Tensor, spent_seconds: float) -> torch.Tensor:
         start = time.monotonic()
         try:
             features = to_message(feature_LHSI, self._features)
@@ -135,20 +145,25 @@ class Sidecar:
             logger.error("features cannot be written", extra={"problem": str(error)})
             raise NoScores("no-room") from error
         request = pb.ScoreSlotsRequest(policy=policy.name, features=features)
-        response = self._called(self._client.score_slots, request)
+        spent_seconds += time.monotonic() - start
+        response = self._called(self._client.score_slots, request, spent_seconds)
         metrics.SCORING_SECONDS.observe(time.monotonic() - start)
         if response.numerics != scoring_numerics():
             raise NoScores("other-numerics")
         try:
-            return from_message(response.scores, self._features.directory if self._features is not None else None)
+            directory = self._features.directory if self._features is not None else None
+            scores_LHS = from_message(response.scores, directory)
         except ValueError as error:
             raise NoScores("bad-scores") from error
+        if response.digest != scores_digest(policy.name, feature_LHSI, scores_LHS):
+            raise NoScores("bad-scores")
+        return scores_LHS
 
-    def _called(self, call: Any, request: Any) -> Any:
+    def _called(self, call: Any, *arguments: Any) -> Any:
         if time.monotonic() < self._rests_until:
             raise NoScores("late")
         try:
-            return call(request)
+            return call(*arguments)
         except EunoeError as error:
             if isinstance(error, DeadlineTooShort):
                 self._rests_until = time.monotonic() + self._rest_seconds

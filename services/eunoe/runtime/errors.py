@@ -25,11 +25,13 @@ On the wire an error is a google.rpc.Status with exactly one ErrorInfo: `domain`
 """
 
 import re
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, get_type_hints
 
 import grpc
 from google.protobuf import any_pb2, duration_pb2
+from google.protobuf.message import DecodeError
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 
 DOMAIN = "eunoe"
@@ -312,16 +314,28 @@ class CorruptState(StateLost):
 
 def from_status(status: status_pb2.Status) -> EunoeError:
     """The error that `to_status` was called on; for a foreign status, the class of its code."""
-    info = error_details_pb2.ErrorInfo()
     for detail in status.details:
-        if detail.Unpack(info) and info.domain == DOMAIN and info.reason in _BY_REASON:
-            error_class = _BY_REASON[info.reason]
-            hints = get_type_hints(error_class)
-            known = {f.name for f in fields(error_class)} - {"message"}
-            values = {name: hints[name](text) for name, text in info.metadata.items() if name in known}
-            return error_class(status.message, **values)
+        if (error := _described(detail, status.message)) is not None:
+            return error
     name = code_pb2.Code.Name(status.code) if status.code in code_pb2.Code.values() else "UNKNOWN"
     return _BY_CODE.get(status.code, EunoeError)(status.message or name)
+
+
+def _described(detail: any_pb2.Any, message: str) -> EunoeError | None:
+    """The error that a status's detail tells of; None if it tells of none that is known here."""
+    info = error_details_pb2.ErrorInfo()
+    try:
+        if not detail.Unpack(info) or info.domain != DOMAIN or info.reason not in _BY_REASON:
+            return None
+        error_class = _BY_REASON[info.reason]
+        hints = get_type_hints(error_class)
+        known = {f.name for f in fields(error_class)} - {"message"}
+        return error_class(
+            message, **{name: hints[name](text) for name, text in info.metadata.items() if name in known}
+        )
+    except (DecodeError, TypeError, ValueError):
+        # No such message, or one without the attributes of its class, or with others: the code still counts.
+        return None
 
 
 # grpc.aio's word for a write that met the call's end: the true status is lost, and the next attempt may get it.
@@ -334,7 +348,8 @@ def from_rpc_error(error: grpc.RpcError) -> EunoeError:
     metadata: Any = error.trailing_metadata() or ()
     for key, value in metadata:
         if key == "grpc-status-details-bin":
-            return from_status(status_pb2.Status.FromString(value))
+            with suppress(DecodeError):
+                return from_status(status_pb2.Status.FromString(value))
     code: grpc.StatusCode = error.code()
     if error.details() == _LOST_STATUS:
         return Unavailable("the server ended the call while it was written to")

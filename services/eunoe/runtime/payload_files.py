@@ -67,11 +67,11 @@ def read_payload(directory: Path, name: str, generation: int, into: memoryview) 
         raise ValueError(f"{name!r} is no payload's name")
     try:
         descriptor = os.open(directory / name, os.O_RDONLY | os.O_NOFOLLOW)
+        with os.fdopen(descriptor, "rb") as file:
+            header = file.read(_HEADER.size)
+            num_read = file.readinto(into)
     except OSError as error:
         raise ValueError(f"the payload {name} cannot be read: {error.strerror}") from None
-    with os.fdopen(descriptor, "rb") as file:
-        header = file.read(_HEADER.size)
-        num_read = file.readinto(into)
     if len(header) < _HEADER.size:
         raise ValueError(f"the payload {name} is cut short")
     magic, found, length, digest = _HEADER.unpack(header)

@@ -22,6 +22,7 @@ from eunoe.eviction.backward_attention import NUM_PARAMETERS, BackwardAttention
 from eunoe.eviction.namm import Normalization
 from eunoe.eviction_sidecar import scoring
 from eunoe.eviction_sidecar.config import EvictionSidecarConfig
+from eunoe.eviction_sidecar.servicer import EvictionSidecarServicer
 from eunoe.eviction_sidecar.sidecar import running_sidecar
 from eunoe.model_worker.worker import ModelWorker
 from eunoe.runtime.errors import PolicyNotFound
@@ -228,11 +229,13 @@ async def test_a_sidecar_that_hangs_costs_one_deadline_and_then_none_for_a_while
     ("broken", "reason"),
     [
         (lambda scores: scores.fill_(torch.nan), "bad-scores"),
+        # With which nobody could tell sinks from others.
+        (lambda scores: scores.fill_(torch.inf), "bad-scores"),
         (lambda scores: scores[:, :, 1:], "bad-scores"),
         (lambda scores: scores.half(), "bad-scores"),
         (lambda scores: 1 / 0, "refused"),
     ],
-    ids=["NaN", "another shape", "another dtype", "an error"],
+    ids=["NaN", "infinity", "another shape", "another dtype", "an error"],
 )
 async def test_nonsense_is_a_fallback(
     platform: Any, sidecar: Installation, make_text: Text, monkeypatch: pytest.MonkeyPatch, broken: Any, reason: str
@@ -248,6 +251,37 @@ async def test_nonsense_is_a_fallback(
 
     assert policies_of(record) == [namm, f"fallback:{reason}:{namm}", namm]
     assert (await platform.verify(worker, name)).verdict == api.VERDICT_VERIFIED
+
+
+async def test_scores_that_changed_on_their_way_are_a_fallback(
+    platform: Any, sidecar: Installation, make_text: Text, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = await platform.worker(**sidecar.worker_settings, sidecar_deadline_seconds=10.0)
+    name, namm = await platform.stream(retain_log=True), a_namm(0).name
+
+    with monkeypatch.context() as patched:
+        patched.setattr(scoring, "to_message", lambda scores, writer: tensor_payload.to_message(-scores, writer))
+        record = await fold(platform, worker, name, make_text(600, 0))
+
+    # The first segments evict nothing, so nobody is asked for scores.
+    assert policies_of(record) == [namm, f"fallback:bad-scores:{namm}"]
+    assert (await platform.verify(worker, name)).verdict == api.VERDICT_VERIFIED
+
+
+async def test_the_deadline_is_for_a_segment_whatever_it_asks(
+    platform: Any, installation: Installation, make_text: Text, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for rpc in ("ChoosePolicy", "ScoreSlots"):
+        monkeypatch.setattr(EvictionSidecarServicer, rpc, _slow(getattr(EvictionSidecarServicer, rpc), 0.25))
+    name, namm = await platform.stream(), a_namm(0).name
+
+    async with running_sidecar(installation.config) as server:
+        await server.start()
+        worker = await platform.worker(**installation.worker_settings, sidecar_deadline_seconds=0.4)
+        record = await fold(platform, worker, name, make_text(200))
+        await server.drain(0)
+
+    assert policies_of(record) == [namm, f"fallback:late:{namm}"]
 
 
 async def test_a_sidecar_of_other_numerics_or_without_the_policy_is_not_listened_to(
@@ -369,6 +403,14 @@ async def _is_chosen(worker: ModelWorker, stream: str, policy: str) -> bool:
     assert sidecar is not None
     choice = await asyncio.to_thread(sidecar.choose, stream, worker.parts.policy)
     return choice.policy.name == policy
+
+
+def _slow(answer: Any, seconds: float) -> Any:
+    async def answered(*arguments: Any) -> Any:
+        await asyncio.sleep(seconds)
+        return await answer(*arguments)
+
+    return answered
 
 
 def _not_found(scoring: Any, name: str) -> Any:

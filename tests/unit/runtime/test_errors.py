@@ -1,5 +1,7 @@
+import grpc
 import pytest
-from google.rpc import status_pb2
+from google.protobuf import any_pb2
+from google.rpc import error_details_pb2, status_pb2
 
 from eunoe.runtime.errors import (
     ContentMismatch,
@@ -9,8 +11,15 @@ from eunoe.runtime.errors import (
     NotOwner,
     QuotaExceeded,
     Unavailable,
+    from_rpc_error,
     from_status,
 )
+
+
+def an_info(**info: object) -> any_pb2.Any:
+    packed = any_pb2.Any()
+    packed.Pack(error_details_pb2.ErrorInfo(domain="eunoe", **info))
+    return packed
 
 
 @pytest.mark.parametrize(
@@ -35,3 +44,31 @@ def test_a_foreign_status_is_the_class_of_its_code(code: int, expected: type[Eun
 
 def test_a_status_of_an_unknown_code_is_the_root() -> None:
     assert type(from_status(status_pb2.Status(code=99))) is EunoeError
+
+
+@pytest.mark.parametrize(
+    "detail",
+    [
+        any_pb2.Any(type_url=an_info().type_url, value=b"\xff\xff"),
+        an_info(reason="NOT_OWNER", metadata={"epoch": "the last one"}),
+        an_info(reason="OFFSET_GAP"),
+        an_info(reason="OF_A_RELEASE_TO_COME", metadata={"a": "b"}),
+    ],
+    ids=["no message", "an attribute of another type", "an attribute missing", "an unknown reason"],
+)
+def test_details_that_cannot_be_understood_leave_the_class_of_the_code(detail: any_pb2.Any) -> None:
+    found = from_status(status_pb2.Status(code=14, message="away", details=[detail]))
+
+    assert type(found) is Unavailable
+    assert found.message == "away"
+
+
+def test_a_status_that_is_no_message_leaves_the_class_of_the_code() -> None:
+    error = grpc.aio.AioRpcError(
+        grpc.StatusCode.UNAVAILABLE,
+        grpc.aio.Metadata(),
+        grpc.aio.Metadata(("grpc-status-details-bin", b"\xff")),
+        "away",
+    )
+
+    assert type(from_rpc_error(error)) is Unavailable

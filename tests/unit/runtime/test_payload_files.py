@@ -58,12 +58,15 @@ def test_a_file_that_is_cut_short_is_noticed(tmp_path: Path, size: int) -> None:
         read(tmp_path, writer.name, generation, 5)
 
 
-@pytest.mark.parametrize("name", ["", "..", "../secret", "/etc/hostname", ".hidden", "missing.payload", "link.payload"])
+@pytest.mark.parametrize(
+    "name", ["", "..", "../secret", "/etc/hostname", ".hidden", "missing.payload", "link.payload", "folder"]
+)
 def test_nothing_but_payloads_of_the_directory_is_read(tmp_path: Path, name: str) -> None:
     (tmp_path / "secret").write_bytes(b"secret" * 100)
     directory = tmp_path / "payloads"
     directory.mkdir()
     (directory / "link.payload").symlink_to(tmp_path / "secret")
+    (directory / "folder").mkdir()
 
     with pytest.raises(ValueError, match="payload"):
         read(directory, name, 1, 5)
