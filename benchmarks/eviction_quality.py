@@ -59,7 +59,8 @@ def main() -> None:
     suffix = f", {options.positions}, {decoder.model_digest[:12]}"
     full = Contender("full cache", f"full-cache{suffix}")
     policies: dict[str, EvictionPolicy] = {path.stem: Namm.load(path) for path in options.policy}
-    policies |= {name.partition("/")[0]: policy for name, policy in POLICIES.items()}
+    others = {name.partition("/")[0]: policy for name, policy in POLICIES.items()}
+    policies |= {label: policy for label, policy in others.items() if label in options.against}
     ours = [Contender(label, policy.name + suffix, policy) for label, policy in policies.items()]
     presses = []
     if options.kvpress_python:
@@ -82,7 +83,8 @@ def main() -> None:
         tabulate(report, results, cases, full, [*ours, *presses], share)
         if options.policy:
             lead(report, results, cases, full, ours[0], others, share)
-    perplexities(report, tokenizer, evaluation, ours, options)
+    if options.perplexity_tokens:
+        perplexities(report, tokenizer, evaluation, ours, options)
     if options.shares:
         plot(options.plot, results, cases, full, [*ours, *presses], options.shares)
         report.say(f"  plotted in {options.plot}")
@@ -94,18 +96,25 @@ def parsed_options() -> argparse.Namespace:
     parser = arguments(__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--policy", type=Path, action="append", default=[], help="a NAMM's file; may come again")
     parser.add_argument("--kvpress-python", type=Path, help="of an environment with kvpress (make kvpress-env)")
+    parser.add_argument(
+        "--against", nargs="*", default=[name.partition("/")[0] for name in POLICIES], help="which others (default: all)"
+    )
     parser.add_argument("--lengths", type=int, nargs="+", help="tokens of the contexts (default: 1024 2048 4096)")
     parser.add_argument("--shares", type=float, nargs="+", help="of the full cache's bytes (default: 0.25 0.5)")
-    parser.add_argument("--cases", type=int, help="held out, a length (default: 60); a third as many trained ones")
+    parser.add_argument("--cases", type=int, help="held out, a length (default: 60)")
+    parser.add_argument("--trained-cases", type=int, help="of trained kinds, a length (default: a third as many)")
     parser.add_argument("--positions", choices=("compact", "original"), default="compact", help="as of a stream")
-    parser.add_argument("--perplexity-tokens", type=int, help="of the book's end (default: 8192)")
+    parser.add_argument("--perplexity-tokens", type=int, help="of the book's end (default: 8192; 0: none)")
     parser.add_argument("--results", type=Path, default=OUT / "eviction_quality.jsonl", help="where scores are kept")
     parser.add_argument("--plot", type=Path, default=OUT / "eviction_quality.png")
     options = parser.parse_args()
     options.lengths = options.lengths or ([1024] if options.quick else [1024, 2048, 4096])
     options.shares = options.shares or ([0.25] if options.quick else [0.25, 0.5])
     options.cases = options.cases or (12 if options.quick else 60)
-    options.perplexity_tokens = options.perplexity_tokens or (2048 if options.quick else 8192)
+    if options.trained_cases is None:
+        options.trained_cases = options.cases // 3
+    if options.perplexity_tokens is None:
+        options.perplexity_tokens = 2048 if options.quick else 8192
     return options
 
 
@@ -114,7 +123,7 @@ def drawn_cases(options: argparse.Namespace, tokenizer: Tokenizer) -> list[Case]
     drawn = []
     for num_tokens in options.lengths:
         drawn += suite(num_tokens, options.cases, seed=SEED, split="test", tokenizer=tokenizer)
-        drawn += suite(num_tokens, max(1, options.cases // 3), seed=SEED, split="train", tokenizer=tokenizer)
+        drawn += suite(num_tokens, options.trained_cases, seed=SEED, split="train", tokenizer=tokenizer)
     return drawn
 
 
