@@ -1,8 +1,8 @@
 """The peer of eviction_quality: kvpress, in an environment of its own, because it needs an older `transformers`.
 
 It runs as a script there and imports nothing of ours. It reads one JSON object {"model", "dtype", "threads", "jobs":
-[{"case", "context", "question", "answer", "presses": [[press, share]], "is_checked"}]} from stdin, and for each press of
-each job prints one line {"policy", "share", "case", "is_exact", "log_likelihood", "num_slots"}.
+[{"case", "context", "question", "answer", "presses": [[press, share]], "is_checked"}]} from stdin, and for each press
+of each job prints one line {"policy", "share", "case", "is_exact", "log_likelihood", "num_slots"}.
 
 A press changes a layer's cache only after the attention of that layer, and nothing of the context comes later: whatever
 the press, the prefill is that of the full cache. So a case is read once, and each press compresses a copy. Question and
@@ -153,8 +153,8 @@ def masking(model: PreTrainedModel, masked: list[tuple[torch.Tensor, ...] | None
 
 
 def answered(model: PreTrainedModel, memory: Memory, job: dict[str, Any]) -> dict[str, Any]:
-    """The line of one press, whose cache then has question and answer too. One pass instead of decoding: greedy decoding
-    says the answer if each of its tokens is the likeliest after those before it.
+    """The line of one press, whose cache then has question and answer too. One pass instead of decoding: greedy
+    decoding says the answer if each of its tokens is the likeliest after those before it.
     """
     num_slots, start = memory.num_slots, first_position(memory, job)
     question, answer = job["question"], torch.tensor(job["answer"])
