@@ -156,7 +156,7 @@ def answered(model: PreTrainedModel, memory: Memory, job: dict[str, Any]) -> dic
     """The line of one press, whose cache then has question and answer too. One pass instead of decoding: greedy
     decoding says the answer if each of its tokens is the likeliest after those before it.
     """
-    num_slots, start = memory.num_slots, first_position(memory, job)
+    num_slots, start = memory.num_slots, len(job["context"])
     question, answer = job["question"], torch.tensor(job["answer"])
     asked = torch.tensor([[*question, *job["answer"][:-1]]])
     positions = torch.arange(start, start + asked.shape[1])[None]
@@ -173,41 +173,36 @@ def answered(model: PreTrainedModel, memory: Memory, job: dict[str, Any]) -> dic
     }
 
 
-def first_position(memory: Memory, job: dict[str, Any]) -> int:
-    """Of the question: behind the context, or behind what is left where a press moves that together."""
-    is_moved = isinstance(memory.press, kvpress.KeyRerotationPress)
-    return memory.cache.get_seq_length() if is_moved else len(job["context"])
-
-
 def check(model: PreTrainedModel, tokenizer: Any, memory: Memory, job: dict[str, Any]) -> None:
-    """Compare a memory with that of a prefill of its own under the press, in slots and in what greedy decoding says.
+    """Compare a memory with that of a prefill of its own under the press, and what it answers with what kvpress'
+    pipeline does.
 
     Raises:
         SystemExit: If they differ.
     """
+    context, question = torch.tensor([job["context"]]), torch.tensor([job["question"]])
     own = Memory(memory.name, memory.share, built(memory.name, memory.share))
     torch.manual_seed(SEED)
     with own.press(model):
-        model.model(input_ids=torch.tensor([job["context"]]), past_key_values=own.cache)
+        model.model(input_ids=context, past_key_values=own.cache)
     own.masked = [getattr(layer.self_attn, "masked_key_indices", None) for layer in model.model.layers]
     for index in range(model.config.num_hidden_layers):
         pairs = zip(slots(memory, index), slots(own, index), strict=True)
         if not all(torch.equal(*pair) for pair in pairs):
             raise SystemExit(f"{memory.name}: another cache than kvpress' own in layer {index}")
     pipeline = kvpress.KVPressTextGenerationPipeline(model=model, tokenizer=tokenizer)
-    question, num_new = torch.tensor([job["question"]]), len(job["answer"])
-    said = []
-    for each in (memory, own):
-        cache = deepcopy(each.cache)
-        with masking(model, each.masked):
-            said.append(pipeline.generate_answer(question, cache, first_position(each, job), num_new))
-    if said[0] != said[1]:
-        raise SystemExit(f"{memory.name}: {said[0]!r}, where kvpress' own pipeline says {said[1]!r}")
+    with masking(model, memory.masked):
+        ours = pipeline.generate_answer(question, deepcopy(memory.cache), context.shape[1], len(job["answer"]))
+    torch.manual_seed(SEED)
+    inputs = {"context_ids": context, "questions_ids": [question]}
+    (theirs,) = pipeline._forward(inputs, len(job["answer"]), built(memory.name, memory.share))
+    if ours != theirs:
+        raise SystemExit(f"{memory.name}: {ours!r}, where kvpress' own pipeline says {theirs!r}")
     expected = tokenizer.decode(job["answer"], skip_special_tokens=True)
     is_exact = answered(model, deepcopy(memory), job)["is_exact"]
     print(
-        f"{memory.name}: {own.num_slots} slots a head equal those of kvpress' own; decoding says {said[0]!r} of "
-        f"{expected!r}, in one pass the answer is {'' if is_exact else 'not '}the likeliest",
+        f"{memory.name}: {own.num_slots} slots a head and the answer {ours!r} equal kvpress' own; one pass finds it "
+        f"{'right' if is_exact else 'wrong'}, and {expected!r} is right",
         file=sys.stderr,
         flush=True,
     )

@@ -35,7 +35,7 @@ from eunoe.training.tasks.suite import suite
 
 OUT = Path(__file__).parents[1] / "out"
 # Of kvpress' presses those that need no question, no training and no second reading. PyramidKV is none of them: at 25%
-# of such contexts it is SnapKV.
+# of such contexts it is SnapKV, and at 50% its layers differ in length, for which `transformers` has no mask.
 PRESSES = (
     "RandomPress",
     "StreamingLLMPress",

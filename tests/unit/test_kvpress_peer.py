@@ -1,4 +1,4 @@
-"""`benchmarks/_kvpress_peer.py`, where there is an environment for it: `make kvpress-env`, or EUNOE_TEST_KVPRESS_PYTHON."""
+"""`benchmarks/_kvpress_peer.py`, where there is an environment: `make kvpress-env`, or EUNOE_TEST_KVPRESS_PYTHON."""
 
 import json
 import os
@@ -12,13 +12,13 @@ from eunoe.decoder.tiny import write_tiny_model
 
 ROOT = Path(__file__).parents[2]
 PYTHON = Path(os.environ.get("EUNOE_TEST_KVPRESS_PYTHON", ROOT / "out/kvpress/bin/python"))
-# One of each kind: no press, scores, random ones, heads of unequal shares, moved keys, attention weights.
+# One of each kind: no press, scores, random ones, heads of unequal shares, a press around another, attention weights.
 PRESSES = (
     "full-cache",
     "SnapKVPress",
     "CompactorPress",
     "AdaKVPress(ExpectedAttentionPress)",
-    "KeyRerotationPress(StreamingLLMPress)",
+    "CriticalKVPress(KnormPress)",
     "ObservedAttentionPress",
 )
 
