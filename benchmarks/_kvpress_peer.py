@@ -84,6 +84,8 @@ def main() -> None:
     given = json.load(sys.stdin)
     torch.set_num_threads(given["threads"])
     model = AutoModelForCausalLM.from_pretrained(given["model"], dtype=getattr(torch, given["dtype"])).eval()
+    tokenizer = AutoTokenizer.from_pretrained(given["model"])
+    pipeline = kvpress.KVPressTextGenerationPipeline(model=model, tokenizer=tokenizer)
     for job in given["jobs"]:
         for attention, presses in by_attention(job["presses"]).items():
             model.set_attn_implementation(attention)
@@ -91,7 +93,7 @@ def main() -> None:
             prefill(model, job["context"], memories)
             for memory in memories:
                 if job["is_checked"]:
-                    check(model, AutoTokenizer.from_pretrained(given["model"]), memory, job)
+                    check(pipeline, memory, job)
                 print(json.dumps(answered(model, memory, job)), flush=True)
 
 
@@ -173,13 +175,14 @@ def answered(model: PreTrainedModel, memory: Memory, job: dict[str, Any]) -> dic
     }
 
 
-def check(model: PreTrainedModel, tokenizer: Any, memory: Memory, job: dict[str, Any]) -> None:
+def check(pipeline: kvpress.KVPressTextGenerationPipeline, memory: Memory, job: dict[str, Any]) -> None:
     """Compare a memory with that of a prefill of its own under the press, and what it answers with what kvpress'
     pipeline does.
 
     Raises:
         SystemExit: If they differ.
     """
+    model = pipeline.model
     context, question = torch.tensor([job["context"]]), torch.tensor([job["question"]])
     own = Memory(memory.name, memory.share, built(memory.name, memory.share))
     torch.manual_seed(SEED)
@@ -190,7 +193,6 @@ def check(model: PreTrainedModel, tokenizer: Any, memory: Memory, job: dict[str,
         pairs = zip(slots(memory, index), slots(own, index), strict=True)
         if not all(torch.equal(*pair) for pair in pairs):
             raise SystemExit(f"{memory.name}: another cache than kvpress' own in layer {index}")
-    pipeline = kvpress.KVPressTextGenerationPipeline(model=model, tokenizer=tokenizer)
     with masking(model, memory.masked):
         ours = pipeline.generate_answer(question, deepcopy(memory.cache), context.shape[1], len(job["answer"]))
     torch.manual_seed(SEED)
@@ -198,7 +200,7 @@ def check(model: PreTrainedModel, tokenizer: Any, memory: Memory, job: dict[str,
     (theirs,) = pipeline._forward(inputs, len(job["answer"]), built(memory.name, memory.share))
     if ours != theirs:
         raise SystemExit(f"{memory.name}: {ours!r}, where kvpress' own pipeline says {theirs!r}")
-    expected = tokenizer.decode(job["answer"], skip_special_tokens=True)
+    expected = pipeline.tokenizer.decode(job["answer"], skip_special_tokens=True)
     is_exact = answered(model, deepcopy(memory), job)["is_exact"]
     print(
         f"{memory.name}: {own.num_slots} slots a head and the answer {ours!r} equal kvpress' own; one pass finds it "
