@@ -16,7 +16,7 @@ import subprocess
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 
 import numpy as np
 from _quality_results import Key, Results, digest
@@ -34,7 +34,25 @@ from eunoe.training.tasks.haystack import lines
 from eunoe.training.tasks.suite import suite
 
 OUT = Path(__file__).parents[1] / "out"
-PRESSES = ("StreamingLLM", "TOVA", "SnapKV", "ExpectedAttention", "Knorm", "LagKV", "KeyDiff")
+# Of kvpress' presses those that need no question, no training and no second reading. PyramidKV is none of them: at 25%
+# of such contexts it is SnapKV, and at 50% its layers differ in length, for which `transformers` has no mask.
+PRESSES = (
+    "RandomPress",
+    "StreamingLLMPress",
+    "KnormPress",
+    "KeyDiffPress",
+    "LagKVPress",
+    "CURPress",
+    "CapPress",
+    "LeverageScorePress",
+    "CompactorPress",
+    "TOVAPress",
+    "SnapKVPress",
+    "CriticalKVPress(SnapKVPress)",
+    "ExpectedAttentionPress",
+    "AdaKVPress(ExpectedAttentionPress)",
+    "ObservedAttentionPress",
+)
 # Not a seed that anybody trains with.
 SEED = 20_000
 
@@ -62,11 +80,13 @@ def main() -> None:
     others = {name.partition("/")[0]: policy for name, policy in POLICIES.items()}
     policies |= {label: policy for label, policy in others.items() if label in options.against}
     ours = [Contender(label, policy.name + suffix, policy) for label, policy in policies.items()]
-    presses = []
+    presses: list[Contender] = []
     if options.kvpress_python:
         command = "from importlib.metadata import version; print(version('kvpress'))"
         version = subprocess.check_output([options.kvpress_python, "-c", command], text=True).strip()
-        presses = [Contender(f"kvpress {press}", f"kvpress/{version}/{press}Press") for press in PRESSES]
+        names = {f"kvpress {press.replace('Press', '')}": f"kvpress/{version}/{press}" for press in options.presses}
+        presses = [Contender(label, name) for label, name in names.items()]
+        their_full = Contender("kvpress full cache", f"kvpress/{version}/full-cache")
 
     cases = {digest(case): case for case in drawn_cases(options, tokenizer)}
     results = Results(options.results)
@@ -76,7 +96,10 @@ def main() -> None:
 
     ask_ours(report, results, cases, [full], [1.0], evaluation)
     ask_ours(report, results, cases, ours, options.shares, evaluation)
-    ask_presses(report, results, cases, presses, options, directory, str(decoder.dtypes.compute).partition(".")[2])
+    if options.kvpress_python:
+        dtype = str(decoder.dtypes.compute).partition(".")[2]
+        ask_presses(report, results, cases, their_full, presses, options, directory, dtype)
+        compare_full_caches(report, results, cases, full, their_full)
 
     others = [*ours[len(options.policy) :], *presses]
     for share in options.shares:
@@ -98,6 +121,8 @@ def parsed_options() -> argparse.Namespace:
     parser.add_argument("--kvpress-python", type=Path, help="of an environment with kvpress (make kvpress-env)")
     names = [name.partition("/")[0] for name in POLICIES]
     parser.add_argument("--against", nargs="*", default=names, help="which others of ours (default: all)")
+    parser.add_argument("--presses", nargs="+", default=PRESSES, metavar="PRESS", help="of kvpress (default: many)")
+    parser.add_argument("--check-presses", type=int, default=0, help="on so many cases, against kvpress' own pipeline")
     parser.add_argument("--lengths", type=int, nargs="+", help="tokens of the contexts (default: 1024 2048 4096)")
     parser.add_argument("--shares", type=float, nargs="+", help="of the full cache's bytes (default: 0.25 0.5)")
     parser.add_argument("--cases", type=int, help="held out, a length (default: 60)")
@@ -148,28 +173,35 @@ def ask_presses(
     report: Report,
     results: Results,
     cases: dict[str, Case],
+    full: Contender,
     presses: list[Contender],
     options: argparse.Namespace,
     model: Path,
     dtype: str,
 ) -> None:
-    """Have kvpress score what is not known yet, in its own environment. It needs no more bytes of a slot than keys and
-    values, so that it keeps a quarter of the slots at a quarter of the bytes.
+    """Have kvpress score what is not known yet, in its own environment, a case a job. It needs no more bytes of a slot
+    than keys and values, so that it keeps a quarter of the slots at a quarter of the bytes.
     """
-    jobs = [
-        {
-            "press": press.name.rpartition("/")[2],
-            "share": share,
-            "case": case_digest,
-            "context": case.context.tolist(),
-            "question": case.question.tolist(),
-            "answer": case.answer.tolist(),
-        }
-        for case_digest, case in cases.items()
-        for share in options.shares
-        for press in presses
-        if Key(press.name, share, case_digest) not in results
-    ]
+    wanted = [(full, 1.0), *((press, share) for share in options.shares for press in presses)]
+    jobs = []
+    for index, (case_digest, case) in enumerate(cases.items()):
+        is_checked = index < options.check_presses
+        missing = [
+            (contender.name.rpartition("/")[2], share)
+            for contender, share in wanted
+            if is_checked or Key(contender.name, share, case_digest) not in results
+        ]
+        if missing:
+            jobs.append(
+                {
+                    "case": case_digest,
+                    "context": case.context.tolist(),
+                    "question": case.question.tolist(),
+                    "answer": case.answer.tolist(),
+                    "presses": missing,
+                    "is_checked": is_checked,
+                }
+            )
     if not jobs:
         return
     command = [options.kvpress_python, Path(__file__).with_name("_kvpress_peer.py")]
@@ -180,12 +212,26 @@ def ask_presses(
         process.stdin.write(given)
         process.stdin.close()
         for index, line in enumerate(process.stdout):
-            report.progress(f"kvpress: {index + 1} of {len(jobs)}")
+            report.progress(f"kvpress: {index + 1} of {sum(len(job['presses']) for job in jobs)}")
             found = json.loads(line)
             key = Key(found.pop("policy"), found.pop("share"), found.pop("case"))
             results.add(key, Score(**found))
     if process.returncode:
         raise SystemExit(f"kvpress ended with status {process.returncode}")
+
+
+def compare_full_caches(
+    report: Report, results: Results, cases: dict[str, Case], ours: Contender, theirs: Contender
+) -> None:
+    """Do full caches answer alike on both sides? A line for people: if so, policies and presses are compared alone."""
+    exact = [results.exact(full.name, 1.0, cases) for full in (ours, theirs)]
+    likelihoods = [results.log_likelihoods(full.name, 1.0, cases) for full in (ours, theirs)]
+    num_alike = sum(own == other for own, other in zip(*exact, strict=True))
+    apart = [abs(own - other) for own, other in zip(*likelihoods, strict=True)]
+    report.say(
+        f"  our full cache and that of kvpress are right or wrong alike in {num_alike} of {len(cases)} cases, "
+        f"{median(apart):.3f} nats an answer apart (median; at most {max(apart):.3f})"
+    )
 
 
 def tabulate(
