@@ -1,0 +1,1 @@
+"""Training a byte-level decoder with a compressive memory from scratch, on one core."""

@@ -1,0 +1,65 @@
+"""From needles just outside the window to the longest sequence that is trained on."""
+
+import math
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from eunoe.training.decoder.passkey import PLAIN, PasskeyTask
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Stage:
+    """One part of a run.
+
+    Attributes:
+        bytes_per_step: Of all samples of a step together.
+        shortest: Share of the task's length that the shortest samples have.
+        far_accuracy: The stage ends when answers beyond the window reach this, as a mean of 50 steps.
+        max_dilution: Segments of filler alone are written up to this many times (log-uniform, a sample's own).
+        final_rate: Factor that the learning rate falls to, along a cosine over `max_steps`.
+    """
+
+    task: PasskeyTask
+    segment_length: int
+    bytes_per_step: int
+    max_steps: int
+    min_steps: int = 50
+    far_accuracy: float = 0.98
+    max_dilution: float = 1.0
+    rate: float = 1.0
+    final_rate: float = 1.0
+    shortest: float = 1.0
+
+    def rate_factor(self, step: int) -> float:
+        """What the learning rate is multiplied by."""
+        share = 0.5 + 0.5 * math.cos(math.pi * min(1.0, step / self.max_steps))
+        return self.rate * (self.final_rate + (1.0 - self.final_rate) * share)
+
+    def draw_task(self, generator: np.random.Generator) -> PasskeyTask:
+        """The task of a step: its number of segments varies, so that no length is special."""
+        low = math.ceil(self.shortest * self.task.length / self.segment_length)
+        num_segments = int(generator.integers(low, self.task.length // self.segment_length + 1))
+        length = num_segments * self.segment_length
+        first_gap = (self.task.first_gap[0], max(self.task.first_gap[0], length))
+        return replace(self.task, length=length, first_gap=first_gap)
+
+    def write_scale(self, kinds: Tensor, generator: np.random.Generator) -> Tensor | float:
+        """Dilution: how often a byte counts in the memory, `[B, S, 1, N, 1]`.
+
+        Args:
+            kinds: `[B, S * N]`.
+        """
+        if self.max_dilution <= 1.0:
+            return 1.0
+        segments = kinds.view(kinds.shape[0], -1, self.segment_length)
+        is_filler = (segments == PLAIN).all(-1)
+        # The bytes around a key lie in the neighbouring segments, and are part of what must be remembered.
+        guarded = is_filler.clone()
+        guarded[:, 1:] &= is_filler[:, :-1]
+        guarded[:, :-1] &= is_filler[:, 1:]
+        factors = np.exp(generator.uniform(0.0, math.log(self.max_dilution), (kinds.shape[0], 1)))
+        scale = torch.where(guarded, torch.from_numpy(factors).float(), torch.ones(()))
+        return scale[:, :, None, None, None].expand(-1, -1, 1, self.segment_length, 1)

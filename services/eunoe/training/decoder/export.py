@@ -1,0 +1,52 @@
+"""Writes trained weights as the checkpoint directory that the decoder loads."""
+
+import json
+from pathlib import Path
+
+from safetensors.torch import save_file
+
+from eunoe.training.decoder.differentiable import NanoDecoder
+
+
+def export(model: NanoDecoder, directory: Path, segment_length: int, trained_length: int) -> None:
+    """Write `model.safetensors` (float32, Hugging Face's names) and `config.json`.
+
+    Args:
+        segment_length: Bytes of a segment, and of the window carried between segments.
+        trained_length: The longest sequence trained on, in bytes.
+    """
+    config = model.config
+    directory.mkdir(parents=True, exist_ok=True)
+    tensors = {f"model.{name}": tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    described = {
+        "model_type": "eunoe",
+        "architectures": ["EunoeForCausalLM"],
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_query_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "intermediate_size": config.intermediate_size,
+        "hidden_act": "silu",
+        "rms_norm_eps": config.rms_norm_eps,
+        "rope_theta": config.rope_theta,
+        "max_position_embeddings": trained_length,
+        "tie_word_embeddings": True,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "tokenizer": "bytes",
+        "torch_dtype": "float32",
+        "compressive_memory": {
+            "update_rule": config.update_rule,
+            "has_write_gate": config.has_write_gate,
+            "uses_gamma": config.uses_gamma,
+        },
+        "stream_defaults": {
+            "kv_budget_tokens": segment_length,
+            "segment_length": segment_length,
+            "num_sink_tokens": 0,
+        },
+    }
+    (directory / "config.json").write_text(json.dumps(described, indent=2) + "\n")

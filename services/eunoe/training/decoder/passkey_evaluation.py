@@ -1,0 +1,111 @@
+"""Answering by greedy generation after streaming the whole prompt, many cases side by side."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from eunoe.training.decoder.corpus import FillerName, filler
+from eunoe.training.decoder.differentiable import LayerState, NanoDecoder, SegmentPlan
+from eunoe.training.decoder.passkey import INTRODUCTION, NUM_DIGITS, needle, question
+
+MemoryUse = Literal["all", "window_only", "zeroed"]
+NUM_ANSWER_BYTES = NUM_DIGITS + 2
+
+
+@dataclass(frozen=True, slots=True)
+class PasskeyCase:
+    """A prompt and its answer, as the paper's appendix B has them.
+
+    Attributes:
+        depth: Share of the filler that lies before the needle.
+    """
+
+    prompt: bytes
+    answer: bytes
+    depth: float
+
+
+@dataclass(frozen=True, slots=True)
+class PasskeyScore:
+    """Shares of one depth's answers: of digits that are right, of answers that are right in every byte."""
+
+    digit_accuracy: float
+    exact_match: float
+    num_cases: int
+
+
+def passkey_case(
+    num_bytes: int, depth: float, generator: np.random.Generator, filler_name: FillerName = "paper"
+) -> PasskeyCase:
+    """A prompt of at most `num_bytes` bytes, less than one sentence short of it."""
+    key = "".join(str(digit) for digit in generator.integers(0, 10, NUM_DIGITS))
+    fixed = len(INTRODUCTION) + len(needle(key)) + len(question())
+    if num_bytes < fixed:
+        raise ValueError(f"a prompt has at least {fixed} bytes, not {num_bytes}")
+    pieces = filler(filler_name, num_bytes - fixed, "test", generator)
+    cut = round(depth * len(pieces))
+    text = INTRODUCTION + "".join(pieces[:cut]) + needle(key) + "".join(pieces[cut:]) + question()
+    return PasskeyCase(text.encode(), f" {key}.".encode(), depth)
+
+
+@torch.no_grad()
+def answers(
+    model: NanoDecoder, cases: list[PasskeyCase], segment_length: int, memory_use: MemoryUse = "all"
+) -> list[bytes]:
+    """Greedy answers.
+
+    Args:
+        memory_use: `window_only` never mixes the memory in; `zeroed` forgets it just before the question's end.
+    """
+    shortest = min(len(case.prompt) for case in cases)
+    longest = max(len(case.prompt) for case in cases)
+    if longest - shortest >= segment_length:
+        raise ValueError(f"prompts of {shortest} to {longest} bytes do not run side by side")
+    # They end together: of longer prompts a few leading bytes of the introduction go.
+    prompts = torch.from_numpy(np.stack([np.frombuffer(case.prompt[-shortest:], np.uint8) for case in cases]))
+    plan = SegmentPlan(model.config, segment_length, uses_memory=memory_use != "window_only")
+    num_segments = (shortest - 1) // segment_length
+    states: list[LayerState] | None = None
+    for index in range(num_segments):
+        block = prompts[:, index * segment_length : (index + 1) * segment_length].long()
+        _, states = model(block, plan, states)
+    if memory_use == "zeroed" and states is not None:
+        for state in states:
+            state.memory = torch.zeros_like(state.memory)
+    return _generate(model, plan, prompts[:, num_segments * segment_length :].long(), states)
+
+
+def _generate(model: NanoDecoder, plan: SegmentPlan, tail: Tensor, states: list[LayerState] | None) -> list[bytes]:
+    generated = []
+    for _ in range(NUM_ANSWER_BYTES):
+        num_read = tail.shape[1]
+        padded = functional.pad(tail, (0, plan.segment_length - num_read))
+        # Padding comes after everything that is read, and a state that holds any is thrown away.
+        hidden, after = model(padded, plan, states)
+        chosen = model.logits(hidden[:, num_read - 1]).argmax(-1, keepdim=True)
+        generated.append(chosen)
+        if num_read == plan.segment_length:
+            states, tail = after, chosen
+        else:
+            tail = torch.cat([tail, chosen], dim=1)
+    return [bytes(row) for row in torch.cat(generated, dim=1).tolist()]
+
+
+def scores(cases: list[PasskeyCase], given: list[bytes]) -> dict[float, PasskeyScore]:
+    """How well each depth was answered."""
+    by_depth: dict[float, list[tuple[int, bool]]] = {}
+    for case, answer in zip(cases, given, strict=True):
+        digits = sum(a == b for a, b in zip(answer[1:-1], case.answer[1:-1], strict=True))
+        by_depth.setdefault(case.depth, []).append((digits, answer == case.answer))
+    return {
+        depth: PasskeyScore(
+            sum(digits for digits, _ in rows) / (NUM_DIGITS * len(rows)),
+            sum(is_exact for _, is_exact in rows) / len(rows),
+            len(rows),
+        )
+        for depth, rows in sorted(by_depth.items())
+    }

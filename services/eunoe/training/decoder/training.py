@@ -1,0 +1,186 @@
+"""The training loop: deterministic from a seed, resumable from one file."""
+
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from eunoe.training.decoder.curriculum import Stage
+from eunoe.training.decoder.differentiable import NanoConfig, NanoDecoder, SegmentPlan
+from eunoe.training.decoder.passkey import ANSWER, COPY, PLAIN, draw
+
+OnStep = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainingConfig:
+    """One run.
+
+    Attributes:
+        gate_learning_rate: Of memory and write gates, which move too little at the others' rate.
+        answer_weight, copy_weight, text_weight: What the mean losses of answers, second mentions and text count.
+        steps_per_report, steps_per_checkpoint: How often a line is written, and the checkpoint.
+    """
+
+    model: NanoConfig
+    stages: tuple[Stage, ...]
+    seed: int = 0
+    learning_rate: float = 2e-3
+    gate_learning_rate: float = 1e-2
+    weight_decay: float = 0.01
+    num_warmup_steps: int = 100
+    gradient_clip: float = 1.0
+    answer_weight: float = 1.0
+    copy_weight: float = 0.3
+    text_weight: float = 0.1
+    steps_per_report: int = 25
+    steps_per_checkpoint: int = 100
+    initial_weights: str | None = None
+
+
+@dataclass(slots=True)
+class _Progress:
+    step: int = 0
+    stage: int = 0
+    stage_step: int = 0
+    accuracies: list[float] = field(default_factory=list)
+
+
+def train(config: TrainingConfig, run_directory: Path, on_step: OnStep | None = None) -> NanoDecoder:
+    """Train through all stages, from `run_directory`'s checkpoint if there is one.
+
+    Writes `checkpoint.pt` (atomically) and one line a report to `curve.jsonl`.
+    """
+    run_directory.mkdir(parents=True, exist_ok=True)
+    model = NanoDecoder(config.model)
+    model.initialize(torch.Generator().manual_seed(config.seed))
+    if config.initial_weights is not None:
+        model.load_state_dict(torch.load(config.initial_weights, weights_only=True)["model"])
+    optimizer = torch.optim.AdamW(_parameter_groups(model, config), betas=(0.9, 0.95), eps=1e-8)
+    progress = _Progress()
+    path = run_directory / "checkpoint.pt"
+    if path.exists():
+        saved = torch.load(path, weights_only=True)
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        progress = _Progress(**saved["progress"])
+    started = time.monotonic()
+    num_bytes = 0
+    while progress.stage < len(config.stages):
+        stage = config.stages[progress.stage]
+        factor = min(1.0, (progress.step + 1) / config.num_warmup_steps) * stage.rate_factor(progress.stage_step)
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * factor
+        report = _step(model, optimizer, config, stage, progress)
+        progress.step += 1
+        progress.stage_step += 1
+        num_bytes += report["num_bytes"]
+        progress.accuracies = [*progress.accuracies[-49:], report["far_accuracy"]]
+        mean_accuracy = sum(progress.accuracies) / len(progress.accuracies)
+        if progress.step % config.steps_per_report == 0:
+            report |= {
+                "step": progress.step,
+                "stage": progress.stage,
+                "mean_far_accuracy": mean_accuracy,
+                "learning_rate": config.learning_rate * factor,
+                "bytes_per_second": num_bytes / (time.monotonic() - started),
+                "memory_gates": [[round(gate, 3) for gate in layer] for layer in model.memory_gates()],
+            }
+            with (run_directory / "curve.jsonl").open("a") as curve:
+                curve.write(json.dumps(report) + "\n")
+            if on_step is not None:
+                on_step(report)
+        is_learned = len(progress.accuracies) == 50 and mean_accuracy >= stage.far_accuracy
+        is_over = progress.stage_step >= stage.max_steps or (is_learned and progress.stage_step >= stage.min_steps)
+        if is_over:
+            progress.stage, progress.stage_step, progress.accuracies = progress.stage + 1, 0, []
+        if is_over or progress.step % config.steps_per_checkpoint == 0:
+            _save(path, model, optimizer, progress)
+    return model
+
+
+def _parameter_groups(model: NanoDecoder, config: TrainingConfig) -> list[dict[str, Any]]:
+    gates: list[nn.Parameter] = []
+    scales: list[nn.Parameter] = []
+    matrices: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        if "gate" in name and "gate_proj" not in name:
+            gates.append(parameter)
+        else:
+            (matrices if parameter.dim() == 2 else scales).append(parameter)
+    rates = (config.gate_learning_rate, config.learning_rate, config.learning_rate)
+    decays = (0.0, 0.0, config.weight_decay)
+    return [
+        {"params": parameters, "lr": rate, "initial_lr": rate, "weight_decay": decay}
+        for parameters, rate, decay in zip((gates, scales, matrices), rates, decays, strict=True)
+    ]
+
+
+def _step(
+    model: NanoDecoder, optimizer: torch.optim.Optimizer, config: TrainingConfig, stage: Stage, progress: _Progress
+) -> dict[str, Any]:
+    # The step alone seeds the data, so that a resumed run draws what an undisturbed one would have drawn.
+    generator = np.random.default_rng((config.seed, progress.step))
+    task = stage.draw_task(generator)
+    samples = [draw(task, generator) for _ in range(max(1, stage.bytes_per_step // task.length))]
+    tokens = torch.from_numpy(np.stack([sample.tokens for sample in samples]).astype(np.int64))
+    kinds = torch.from_numpy(np.stack([sample.kinds for sample in samples]))
+    distances = torch.from_numpy(np.stack([sample.distances for sample in samples]))
+    plan = SegmentPlan(config.model, stage.segment_length, stage.write_scale(kinds, generator))
+    hidden, _ = model(tokens, plan)
+    targets, kinds, distances = tokens[:, 1:], kinds[:, 1:], distances[:, 1:]
+    logits = model.logits(hidden[:, :-1])
+    losses = functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), targets.reshape(-1), reduction="none")
+    losses = losses.view_as(targets)
+    answer_loss = _mean(losses, kinds == ANSWER)
+    copy_loss = _mean(losses, kinds == COPY)
+    text_loss = _mean(losses, kinds == PLAIN)
+    loss = config.answer_weight * answer_loss + config.copy_weight * copy_loss + config.text_weight * text_loss
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    others = [parameter for group in optimizer.param_groups[1:] for parameter in group["params"]]
+    norm = torch.nn.utils.clip_grad_norm_(others, config.gradient_clip)
+    optimizer.step()
+    with torch.no_grad():
+        is_right = logits.argmax(-1) == targets
+        is_far = (kinds == ANSWER) & (distances > 2 * stage.segment_length)
+        is_near = (kinds == ANSWER) & (distances <= stage.segment_length)
+        return {
+            "num_bytes": tokens.numel(),
+            "loss": loss.item(),
+            "answer_loss": answer_loss.item(),
+            "far_answer_loss": _mean(losses, is_far).item(),
+            "copy_loss": copy_loss.item(),
+            "text_loss": text_loss.item(),
+            "far_accuracy": _mean(is_right.float(), is_far).item(),
+            "near_accuracy": _mean(is_right.float(), is_near).item(),
+            "gradient_norm": norm.item(),
+        }
+
+
+def _mean(values: Tensor, mask: Tensor) -> Tensor:
+    return (values * mask).sum() / mask.sum().clamp(min=1)
+
+
+def _save(path: Path, model: NanoDecoder, optimizer: torch.optim.Optimizer, progress: _Progress) -> None:
+    state = {
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "progress": {
+            "step": progress.step,
+            "stage": progress.stage,
+            "stage_step": progress.stage_step,
+            "accuracies": progress.accuracies,
+        },
+    }
+    partial = path.with_suffix(".partial")
+    torch.save(state, partial)
+    os.replace(partial, path)

@@ -1,0 +1,155 @@
+"""Passkey samples, the curriculum, the loop, and what is exported."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from eunoe.training.decoder.curriculum import Stage
+from eunoe.training.decoder.differentiable import NanoConfig, NanoDecoder, SegmentPlan
+from eunoe.training.decoder.export import export
+from eunoe.training.decoder.growth import grown
+from eunoe.training.decoder.passkey import ANSWER, COPY, MASKED, PLAIN, PasskeyTask, draw
+from eunoe.training.decoder.passkey_evaluation import PasskeyCase, answers, passkey_case, scores
+from eunoe.training.decoder.training import TrainingConfig, train
+
+SMALL = NanoConfig(
+    num_layers=2, hidden_size=16, num_query_heads=2, num_kv_heads=1, head_dim=8, intermediate_size=24
+)  # fmt: skip
+TASK = PasskeyTask(length=512, first_gap=(64, 200), gap=(0, 60), questions_bytes=150)
+
+
+def _model(seed: int = 0) -> NanoDecoder:
+    model = NanoDecoder(SMALL)
+    model.initialize(torch.Generator().manual_seed(seed))
+    return model
+
+
+@pytest.mark.parametrize("filler_name", ["paper", "shuffled", "book"])
+def test_every_answer_repeats_the_hidden_key(filler_name: str) -> None:
+    task = replace(TASK, fillers=((filler_name, 1.0),), introduction_share=0.5)
+    generator = np.random.default_rng(1)
+    for _ in range(30):
+        sample = draw(task, generator)
+        assert sample.tokens.shape == (512,)
+        key = bytes(sample.tokens[sample.kinds == MASKED])
+        assert bytes(sample.tokens[sample.kinds == COPY]) == key
+        asked = bytes(sample.tokens[sample.kinds == ANSWER])
+        assert (key + b".").startswith(asked[:6])
+        assert len(asked) >= 6
+        assert sample.distances[sample.kinds == ANSWER].min() > 0
+        assert not sample.distances[sample.kinds != ANSWER].any()
+
+
+def test_a_second_key_has_another_name_and_its_own_answer() -> None:
+    generator = np.random.default_rng(2)
+    texts = [bytes(draw(replace(TASK, two_keys_share=1.0), generator).tokens).decode() for _ in range(20)]
+    assert all(text.count("Remember it.") == 2 for text in texts)
+    for text in texts:
+        asked, _, answer = text.partition("What is the ")[2].partition(" key is ")
+        name = asked.split(" ")[0]
+        assert f"{answer[:5]} is the {name} key." in text
+
+
+def test_dilution_spares_the_segments_around_a_key() -> None:
+    stage = Stage(task=TASK, segment_length=32, bytes_per_step=512, max_steps=1, max_dilution=100.0)
+    kinds = torch.full((1, 8 * 32), PLAIN, dtype=torch.uint8)
+    kinds[0, 3 * 32 + 5] = MASKED
+    scale = stage.write_scale(kinds, np.random.default_rng(0))
+    assert isinstance(scale, torch.Tensor)
+    factors = scale[0, :, 0, 0, 0]
+    assert factors[2:5].tolist() == [1.0, 1.0, 1.0]
+    others = torch.cat([factors[:2], factors[5:]])
+    assert others.unique().numel() == 1
+    assert 1.0 < others[0] <= 100.0
+
+
+def test_a_resumed_run_equals_an_undisturbed_one(tmp_path: Path) -> None:
+    stage = Stage(task=replace(TASK, length=256), segment_length=32, bytes_per_step=512, max_steps=6, shortest=0.5)
+    config = TrainingConfig(model=SMALL, stages=(stage,), steps_per_report=1, steps_per_checkpoint=2)
+    undisturbed = train(config, tmp_path / "undisturbed")
+
+    class Cut(Exception):
+        pass
+
+    def cut(report: dict[str, object]) -> None:
+        if report["step"] == 5:
+            raise Cut
+
+    with pytest.raises(Cut):
+        train(config, tmp_path / "cut", cut)
+    resumed = train(config, tmp_path / "cut")
+    for name, parameter in undisturbed.state_dict().items():
+        assert torch.equal(parameter, resumed.state_dict()[name]), name
+    assert not torch.equal(undisturbed.embed_tokens.weight, _model().embed_tokens.weight)
+    curve = [json.loads(line) for line in (tmp_path / "cut" / "curve.jsonl").read_text().splitlines()]
+    assert [report["step"] for report in curve] == [1, 2, 3, 4, 5, 5, 6]
+
+
+def test_a_stage_that_is_learned_ends_early(tmp_path: Path) -> None:
+    first = Stage(task=replace(TASK, length=128), segment_length=32, bytes_per_step=128, max_steps=500, min_steps=1,
+                  far_accuracy=0.0)  # fmt: skip
+    steps: list[int] = []
+    config = TrainingConfig(model=SMALL, stages=(first, replace(first, max_steps=2)), steps_per_report=1)
+    train(config, tmp_path, lambda report: steps.append(report["stage"]))
+    assert steps == [0] * 50 + [1] * 2
+
+
+@torch.no_grad()
+def test_added_layers_change_nothing_until_they_are_trained() -> None:
+    model = _model()
+    deeper = grown(model, 4, torch.Generator().manual_seed(1))
+    assert deeper.config.num_layers == 4
+    tokens = torch.randint(0, 256, (1, 96), generator=torch.Generator().manual_seed(2))
+    torch.testing.assert_close(
+        deeper(tokens, SegmentPlan(deeper.config, 16))[0], model(tokens, SegmentPlan(SMALL, 16))[0]
+    )
+
+
+def test_a_prompt_is_the_papers_and_as_long_as_asked() -> None:
+    case = passkey_case(5000, 0.5, np.random.default_rng(0))
+    text = case.prompt.decode()
+    assert 5000 - 25 < len(text) <= 5000
+    assert text.startswith("There is an important info hidden inside a lot of irrelevant text. ")
+    assert text.endswith("What is the pass key? The pass key is")
+    key = case.answer.decode()[1:-1]
+    assert 0.4 < text.index(f"The pass key is {key}. Remember it. {key} is the pass key. ") / 5000 < 0.6
+
+
+@pytest.mark.parametrize("num_bytes", [640, 641, 700, 703])
+def test_streamed_answers_equal_those_of_one_pass(num_bytes: int) -> None:
+    model, generator = _model(), np.random.default_rng(num_bytes)
+    prompts = [bytes(generator.integers(0, 256, num_bytes, np.uint8)) for _ in range(2)]
+    cases = [PasskeyCase(prompt, b" 12345.", 0.0) for prompt in prompts]
+    streamed = answers(model, cases, 64)
+    plan = SegmentPlan(SMALL, 64)
+    for case, answer in zip(cases, streamed, strict=True):
+        text = list(case.prompt)
+        for byte in answer:
+            padded = torch.tensor([text + [0] * (-len(text) % 64)])
+            with torch.no_grad():
+                assert int(model.logits(model(padded, plan)[0][0, len(text) - 1]).argmax()) == byte
+            text.append(byte)
+
+
+def test_scores_count_digits_and_whole_answers() -> None:
+    cases = [PasskeyCase(b"", b" 12345.", depth) for depth in (0.0, 0.0, 1.0)]
+    result = scores(cases, [b" 12345.", b" 12045.", b" 12345,"])
+    assert (result[0.0].digit_accuracy, result[0.0].exact_match, result[0.0].num_cases) == (0.9, 0.5, 2)
+    assert (result[1.0].digit_accuracy, result[1.0].exact_match) == (1.0, 0.0)
+
+
+def test_an_exported_checkpoint_has_the_names_that_the_decoder_loads(tmp_path: Path) -> None:
+    export(_model(), tmp_path, segment_length=128, trained_length=5120)
+    tensors = load_file(tmp_path / "model.safetensors")
+    assert tensors["model.layers.1.self_attn.memory_gate"].shape == (2,)
+    assert tensors["model.layers.0.self_attn.write_gate.weight"].shape == (1, 8)
+    assert tensors["model.layers.0.self_attn.write_gate.bias"].shape == (1,)
+    assert tensors["model.embed_tokens.weight"].shape == (256, 16)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["compressive_memory"] == {"update_rule": "linear", "has_write_gate": True, "uses_gamma": False}
+    assert config["stream_defaults"] == {"kv_budget_tokens": 128, "segment_length": 128, "num_sink_tokens": 0}
