@@ -1,38 +1,43 @@
-"""Gated delta rule: a compressive memory without a normalizer, that forgets.
+"""The gated delta rule: a compressive memory without a normalizer, which can forget.
 
-After "Gated Delta Networks: Improving Mamba2 with Delta Rule" (Yang et al. 2024, arXiv:2412.06464), equation 10, with M
-the transpose of its S. Token by token, in order, with unit vectors k^ = k / |k|:
+After "Gated Delta Networks" (Yang et al. 2024, arXiv:2412.06464, eq. 10), token by token, with keys of length 1:
 
-    M <- a_t (I - b_t k^_t k^_t^T) M + b_t k^_t v_t^T         retrieve: q^^T M
+    M_t = a_t (I - b_t k_t^T k_t) M_{t-1} + b_t k_t^T v_t        retrieve: q M, queries of length 1
 
-What M answers to a key moves towards its value by the share b (strength), after all has faded by a (decay). M holds
-values and no sums of them, so nothing grows with the stream.
+What is stored under a key is replaced by a share b (strength) of its new value, and all else fades by a (decay). The
+eigenvalues of a (I - b k^T k) lie between 0 and 1, so nothing grows, however many tokens are written.
 
-Shape suffixes: H KV head (of one stream, or of several side by side), G query head of a KV head's group, T token, D key
-dim, E value dim.
+Shape suffixes: H KV head, G query head of a KV head's group, T token, D key dim, E value dim.
 """
 
+from typing import Any
+
+import numba
 import torch
 
-NORM_EPSILON = 1e-6
+# Of a key's or query's squared length, so that a key of zeros stores nothing instead of NaN.
+LENGTH_EPSILON = 1e-12
 
 
 def gated_delta_retrieve(query_HGTD: torch.Tensor, memory_HDE: torch.Tensor) -> torch.Tensor:
-    """What the memory answers to each query.
+    """What the memory returns for each query.
 
     Args:
         query_HGTD: Queries before rotary positions, of any length, float32 or bfloat16.
         memory_HDE: M, float32.
 
     Returns:
-        Float32 [H, G, T, E].
+        float32 [H, G, T, E].
 
     Raises:
-        ValueError: If shapes or dtypes do not fit.
+        ValueError: If shapes do not agree, or M is not float32.
     """
-    _check_memory(memory_HDE, query_HGTD.shape[0], query_HGTD.shape[-1])
-    _check_dtype("queries", query_HGTD)
-    return gated_delta_retrieve_reference(query_HGTD, memory_HDE)
+    num_heads, group_size, num_tokens, key_dim = query_HGTD.shape
+    if (num_heads, key_dim) != memory_HDE.shape[:2]:
+        raise ValueError(f"queries {tuple(query_HGTD.shape)} do not fit a memory {tuple(memory_HDE.shape)}")
+    _check_dtype(memory_HDE)
+    unit_HRD = _unit_length(query_HGTD.float()).view(num_heads, group_size * num_tokens, key_dim)
+    return torch.bmm(unit_HRD, memory_HDE).view(num_heads, group_size, num_tokens, memory_HDE.shape[2])
 
 
 def gated_delta_update(
@@ -42,36 +47,45 @@ def gated_delta_update(
     decay_HT: torch.Tensor,
     strength_HT: torch.Tensor,
 ) -> None:
-    """Write tokens into the memory one after the other, in place: one batch or several in a row are the same.
+    """Write tokens into M in their order, in place.
 
     Args:
-        memory_HDE: M, float32, contiguous.
-        key_HTD: Keys before rotary positions, of any length, float32 or bfloat16; T may be 0.
-        value_HTE: Values, float32 or bfloat16.
-        decay_HT: What each token leaves of the memory, 0 to 1, float32.
-        strength_HT: How much of each token is written, 0 to 1, float32. With 0, key and value may be anything, NaN
-            included: the token changes nothing but by its decay. Padding is strength 0 and decay 1.
+        memory_HDE: M, float32, contiguous, on the CPU.
+        key_HTD: Keys before rotary positions, of any length, float32 or bfloat16; `value_HTE` their values.
+        decay_HT: a, 0 to 1: what stays of everything stored before. 1 for padding.
+        strength_HT: b, 0 to 1. At 0 the key and value contribute nothing, even if they are NaN: padding.
 
     Raises:
-        ValueError: If shapes or dtypes do not fit, or M is not contiguous.
+        ValueError: If shapes do not agree, or M is not float32, contiguous and on the CPU.
     """
-    num_heads, num_tokens, head_dim = key_HTD.shape
-    _check_memory(memory_HDE, num_heads, head_dim)
-    if value_HTE.shape != (num_heads, num_tokens, memory_HDE.shape[2]):
-        raise ValueError(f"values {tuple(value_HTE.shape)} fit neither keys {tuple(key_HTD.shape)} nor the memory")
+    num_heads, key_dim, value_dim = memory_HDE.shape
+    num_tokens = key_HTD.shape[1]
+    if key_HTD.shape != (num_heads, num_tokens, key_dim) or value_HTE.shape != (num_heads, num_tokens, value_dim):
+        found = f"keys {tuple(key_HTD.shape)} and values {tuple(value_HTE.shape)}"
+        raise ValueError(f"{found} do not fit a memory {tuple(memory_HDE.shape)}")
     if not decay_HT.shape == strength_HT.shape == (num_heads, num_tokens):
         found = f"decays {tuple(decay_HT.shape)} and strengths {tuple(strength_HT.shape)}"
-        raise ValueError(f"{found} do not fit keys {tuple(key_HTD.shape)}")
-    _check_dtype("keys", key_HTD)
-    _check_dtype("values", value_HTE)
-    if not memory_HDE.is_contiguous():
-        raise ValueError("a memory that is not contiguous cannot be written in place")
-    gated_delta_update_reference(memory_HDE, key_HTD, value_HTE, decay_HT, strength_HT)
+        raise ValueError(f"{found} must be {(num_heads, num_tokens)}")
+    _check_dtype(memory_HDE)
+    if not memory_HDE.is_contiguous() or memory_HDE.device.type != "cpu":
+        raise ValueError("memory must be contiguous and on the CPU")
+    unit_HTD = _unit_length(key_HTD.float()).numpy()
+    value, decay, strength = (tensor.float().numpy() for tensor in (value_HTE, decay_HT, strength_HT))
+    _write_tokens(memory_HDE.numpy(), unit_HTD, value, decay, strength)
+
+
+def _check_dtype(memory_HDE: torch.Tensor) -> None:
+    if memory_HDE.dtype != torch.float32:
+        raise ValueError(f"memory must be float32, not {memory_HDE.dtype}")
+
+
+def _unit_length(x: torch.Tensor) -> torch.Tensor:
+    return x * (x.square().sum(dim=-1, keepdim=True) + LENGTH_EPSILON).rsqrt()
 
 
 def gated_delta_retrieve_reference(query_HGTD: torch.Tensor, memory_HDE: torch.Tensor) -> torch.Tensor:
-    """As `gated_delta_retrieve`, in the memory's dtype."""
-    return torch.einsum("hgtd,hde->hgte", _unit(query_HGTD.to(memory_HDE.dtype)), memory_HDE)
+    """As `gated_delta_retrieve`, in the memory's own dtype."""
+    return torch.einsum("hgtd,hde->hgte", _unit_length(query_HGTD.to(memory_HDE.dtype)), memory_HDE)
 
 
 def gated_delta_update_reference(
@@ -81,29 +95,42 @@ def gated_delta_update_reference(
     decay_HT: torch.Tensor,
     strength_HT: torch.Tensor,
 ) -> None:
-    """As `gated_delta_update`, in the memory's dtype."""
+    """As `gated_delta_update`, in the memory's own dtype: the equation with its matrices, a token at a time."""
     dtype = memory_HDE.dtype
-    is_written = (strength_HT > 0)[..., None]
-    key, value = key_HTD.to(dtype).where(is_written, 0), value_HTE.to(dtype).where(is_written, 0)
-    decay, strength, key = decay_HT.to(dtype), strength_HT.to(dtype), _unit(key)
-    for token in range(key.shape[1]):
-        memory_HDE *= decay[:, token, None, None]
-        answer_HE = torch.einsum("hd,hde->he", key[:, token], memory_HDE)
-        error_HE = strength[:, token, None] * (value[:, token] - answer_HE)
-        memory_HDE += key[:, token, :, None] * error_HE[:, None]
+    identity = torch.eye(memory_HDE.shape[1], dtype=dtype)
+    for head in range(memory_HDE.shape[0]):
+        for token in range(key_HTD.shape[1]):
+            decay, strength = decay_HT[head, token].to(dtype), strength_HT[head, token].to(dtype)
+            transition, written = identity, torch.zeros_like(memory_HDE[head])
+            if strength != 0:
+                key = _unit_length(key_HTD[head, token].to(dtype))
+                transition = identity - strength * torch.outer(key, key)
+                written = strength * torch.outer(key, value_HTE[head, token].to(dtype))
+            memory_HDE[head] = decay * transition @ memory_HDE[head] + written
 
 
-def _unit(x: torch.Tensor) -> torch.Tensor:
-    return x / (x.square().sum(dim=-1, keepdim=True) + NORM_EPSILON).sqrt()
-
-
-def _check_memory(memory_HDE: torch.Tensor, num_heads: int, head_dim: int) -> None:
-    if memory_HDE.dim() != 3 or memory_HDE.shape[:2] != (num_heads, head_dim):
-        raise ValueError(f"memory {tuple(memory_HDE.shape)} does not fit {num_heads} heads of {head_dim}")
-    if memory_HDE.dtype != torch.float32:
-        raise ValueError(f"memory must be float32, not {memory_HDE.dtype}")
-
-
-def _check_dtype(name: str, tensor: torch.Tensor) -> None:
-    if tensor.dtype not in (torch.float32, torch.bfloat16):
-        raise ValueError(f"{name} must be float32 or bfloat16, not {tensor.dtype}")
+@numba.njit(cache=True, nogil=True)
+def _write_tokens(memory: Any, key: Any, value: Any, decay: Any, strength: Any) -> None:
+    """Two passes over M a token, each along rows: what the key returns, then decay and a write of rank 1."""
+    num_heads, key_dim, value_dim = memory.shape
+    stored = memory[0, 0].copy()
+    for head in range(num_heads):
+        for token in range(key.shape[1]):
+            kept = decay[head, token]
+            share = strength[head, token]
+            if share == 0:
+                for row in range(key_dim):
+                    for column in range(value_dim):
+                        memory[head, row, column] *= kept
+                continue
+            stored[:] = 0
+            for row in range(key_dim):
+                at_key = key[head, token, row]
+                for column in range(value_dim):
+                    stored[column] += at_key * memory[head, row, column]
+            for column in range(value_dim):
+                stored[column] = share * (value[head, token, column] - kept * stored[column])
+            for row in range(key_dim):
+                at_key = key[head, token, row]
+                for column in range(value_dim):
+                    memory[head, row, column] = kept * memory[head, row, column] + at_key * stored[column]
