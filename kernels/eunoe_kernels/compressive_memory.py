@@ -1,0 +1,199 @@
+"""Compressive memory: a matrix M and a normalizer z a KV head, which hold every token that has left the window.
+
+After "Leave No Context Behind" (Munkhdalai et al. 2024, arXiv:2404.07143): with sigma(x) = elu(x) + 1,
+
+    retrieve   A = sigma(Q) M / (sigma(Q) z + 1e-6)                                                      (eq. 7)
+    linear     M <- M + sum_t w_t sigma(k_t)^T v_t                     z <- z + sum_t w_t sigma(k_t)     (eq. 8)
+    delta      M <- M + sum_t w_t sigma(k_t)^T (v_t - vhat_t)          z as in linear                    (eq. 9)
+               vhat_t = sigma(k_t) M / (sigma(k_t) z + 1e-6)           M, z of before the batch
+
+w_t is a token's write weight, 1 in the paper. `delta` subtracts what the memory already returns for a key, but z counts
+the key each time: a value that is written again and again would be read back as its half. The gamma correction of ARMT
+(Rodkin et al. 2024, arXiv:2407.04841) leaves out of z what is already in it:
+
+    gamma      z <- z + sum_t w_t gamma_t sigma(k_t)
+               gamma_t = clip(1 - sigma(k_t) z / (|sigma(k_t)|^2 + 1e-5), 0, 1)                          z of before
+
+Let one key be written N times with weight w and z = c sigma(k), M = m sigma(k)^T v. Then gamma = 1 - c, so
+c <- c + w (1 - c) goes to 1 and m <- m + w (1 - m / c) keeps m = c: the value is read back whole from the first write
+on. (ARMT's own z takes gamma without w: then a first write of weight w is read back as w v.)
+
+Everything is float32, whatever the keys are: in float16 z overflows after some 50,000 tokens, and in bfloat16 it stops
+growing at 2^18. Queries and keys are those before rotary positions.
+
+Shape suffixes: H KV head, G query head of a KV head's group, T token, D key dim, E value dim.
+"""
+
+from typing import Literal, get_args
+
+import torch
+
+UpdateRule = Literal["linear", "delta"]
+
+NORMALIZER_EPSILON = 1e-6
+GAMMA_EPSILON = 1e-5
+
+
+def empty_memory(
+    num_heads: int, key_dim: int, value_dim: int, device: torch.device | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """M, float32 [H, D, E], and z, float32 [H, D], of a stream from whose window no token has left."""
+    return torch.zeros(num_heads, key_dim, value_dim, device=device), torch.zeros(num_heads, key_dim, device=device)
+
+
+def retrieve(query_HGTD: torch.Tensor, memory_HDE: torch.Tensor, normalizer_HD: torch.Tensor) -> torch.Tensor:
+    """What the memory returns for each query: an average of the stored values (eq. 7), 0 from an empty memory.
+
+    Args:
+        query_HGTD: Queries before rotary positions, float32 or bfloat16.
+        memory_HDE: M, float32; `normalizer_HD` z, float32.
+
+    Returns:
+        float32 [H, G, T, E], contiguous.
+
+    Raises:
+        ValueError: If shapes do not agree, or M or z is not float32.
+    """
+    _check_memory(memory_HDE, normalizer_HD)
+    num_heads, _, _, key_dim = query_HGTD.shape
+    if (num_heads, key_dim) != memory_HDE.shape[:2]:
+        raise ValueError(f"queries {tuple(query_HGTD.shape)} do not fit a memory {tuple(memory_HDE.shape)}")
+    return _retrieve_cpu(query_HGTD, memory_HDE, normalizer_HD)
+
+
+def update(
+    memory_HDE: torch.Tensor,
+    normalizer_HD: torch.Tensor,
+    key_HTD: torch.Tensor,
+    value_HTE: torch.Tensor,
+    weight_HT: torch.Tensor | None,
+    *,
+    rule: UpdateRule,
+    uses_gamma: bool = False,
+) -> None:
+    """Write the tokens that leave the window together into M and z, in place (eq. 8 and 9).
+
+    Args:
+        memory_HDE: M, float32; `normalizer_HD` z, float32.
+        key_HTD: Keys before rotary positions, float32 or bfloat16; `value_HTE` their values.
+        weight_HT: Write weights, 0 to 1; None means 1. A token of weight 0 contributes nothing, even if its key or
+            value is NaN: it may be padding.
+        rule: `linear` adds values, `delta` what the memory does not return already.
+        uses_gamma: Leave out of z what it has counted already. Only with `delta`: M would hold what z does not count.
+
+    Raises:
+        ValueError: If shapes do not agree, M or z is not float32, the rule is unknown, or gamma is asked of `linear`.
+    """
+    _check_memory(memory_HDE, normalizer_HD)
+    num_heads, key_dim, value_dim = memory_HDE.shape
+    num_tokens = key_HTD.shape[1]
+    if key_HTD.shape != (num_heads, num_tokens, key_dim) or value_HTE.shape != (num_heads, num_tokens, value_dim):
+        found = f"keys {tuple(key_HTD.shape)} and values {tuple(value_HTE.shape)}"
+        raise ValueError(f"{found} do not fit a memory {tuple(memory_HDE.shape)}")
+    if weight_HT is not None and weight_HT.shape != (num_heads, num_tokens):
+        raise ValueError(f"write weights {tuple(weight_HT.shape)} must be {(num_heads, num_tokens)}")
+    if rule not in get_args(UpdateRule):
+        raise ValueError(f"update rule {rule!r} is none of {get_args(UpdateRule)}")
+    if uses_gamma and rule != "delta":
+        raise ValueError("the gamma correction belongs to the delta rule")
+    if not num_tokens:
+        return
+    _update_cpu(memory_HDE, normalizer_HD, key_HTD, value_HTE, weight_HT, rule, uses_gamma)
+
+
+def _check_memory(memory_HDE: torch.Tensor, normalizer_HD: torch.Tensor) -> None:
+    if normalizer_HD.shape != memory_HDE.shape[:2]:
+        raise ValueError(f"normalizer {tuple(normalizer_HD.shape)} must be {tuple(memory_HDE.shape[:2])}")
+    for name, state in (("memory", memory_HDE), ("normalizer", normalizer_HD)):
+        if state.dtype != torch.float32:
+            raise ValueError(f"{name} must be float32, not {state.dtype}")
+
+
+def retrieve_reference(query_HGTD: torch.Tensor, memory_HDE: torch.Tensor, normalizer_HD: torch.Tensor) -> torch.Tensor:
+    """As `retrieve`, in the memory's own dtype."""
+    feature_HGTD = features_reference(query_HGTD.to(memory_HDE.dtype))
+    numerator_HGTE = torch.einsum("hgtd,hde->hgte", feature_HGTD, memory_HDE)
+    denominator_HGT = torch.einsum("hgtd,hd->hgt", feature_HGTD, normalizer_HD)
+    return numerator_HGTE / (denominator_HGT[..., None] + NORMALIZER_EPSILON)
+
+
+def update_reference(
+    memory_HDE: torch.Tensor,
+    normalizer_HD: torch.Tensor,
+    key_HTD: torch.Tensor,
+    value_HTE: torch.Tensor,
+    weight_HT: torch.Tensor | None,
+    *,
+    rule: UpdateRule,
+    uses_gamma: bool = False,
+) -> None:
+    """As `update`, in the memory's own dtype, a head at a time and only with the tokens that are written."""
+    dtype = memory_HDE.dtype
+    for head, (memory_DE, normalizer_D) in enumerate(zip(memory_HDE, normalizer_HD, strict=True)):
+        weight_T = key_HTD.new_ones(key_HTD.shape[1]) if weight_HT is None else weight_HT[head]
+        is_written_T = weight_T != 0
+        weight_T1 = weight_T[is_written_T, None].to(dtype)
+        feature_TD = features_reference(key_HTD[head, is_written_T].to(dtype))
+        new_value_TE = value_HTE[head, is_written_T].to(dtype)
+        counted_T1 = weight_T1
+        stored_T1 = feature_TD @ normalizer_D[:, None]
+        if rule == "delta":
+            new_value_TE = new_value_TE - feature_TD @ memory_DE / (stored_T1 + NORMALIZER_EPSILON)
+        if uses_gamma:
+            squared_norm_T1 = feature_TD.square().sum(dim=1, keepdim=True)
+            counted_T1 = weight_T1 * (1 - stored_T1 / (squared_norm_T1 + GAMMA_EPSILON)).clamp(0, 1)
+        memory_DE += (weight_T1 * feature_TD).T @ new_value_TE
+        normalizer_D += (counted_T1 * feature_TD).sum(dim=0)
+
+
+def features_reference(x: torch.Tensor) -> torch.Tensor:
+    """sigma(x) = elu(x) + 1. Not written so: expm1(x) + 1 has lost 7% of exp(x) at -14, and all of it at -17."""
+    return torch.where(x > 0, x + 1, x.exp())
+
+
+def _retrieve_cpu(query_HGTD: torch.Tensor, memory_HDE: torch.Tensor, normalizer_HD: torch.Tensor) -> torch.Tensor:
+    num_heads, group_size, num_tokens, key_dim = query_HGTD.shape
+    feature_HRD = _features_cpu(query_HGTD).view(num_heads, group_size * num_tokens, key_dim)
+    retrieved = torch.bmm(feature_HRD, memory_HDE)
+    retrieved /= torch.bmm(feature_HRD, normalizer_HD[..., None]).add_(NORMALIZER_EPSILON)
+    return retrieved.view(num_heads, group_size, num_tokens, memory_HDE.shape[2])
+
+
+def _update_cpu(
+    memory_HDE: torch.Tensor,
+    normalizer_HD: torch.Tensor,
+    key_HTD: torch.Tensor,
+    value_HTE: torch.Tensor,
+    weight_HT: torch.Tensor | None,
+    rule: UpdateRule,
+    uses_gamma: bool,
+) -> None:
+    value_HTE = value_HTE.float()
+    if weight_HT is not None:
+        # 0 times NaN would be NaN.
+        is_unwritten = (weight_HT == 0)[..., None]
+        key_HTD, value_HTE = key_HTD.masked_fill(is_unwritten, 0), value_HTE.masked_fill(is_unwritten, 0)
+        weight_HT = weight_HT.float()
+    feature_HTD = _features_cpu(key_HTD)
+    counted_HT = weight_HT
+    if rule == "delta":
+        stored_HT1 = torch.bmm(feature_HTD, normalizer_HD[..., None])
+        if uses_gamma:
+            squared_norm_HT = torch.linalg.vector_norm(feature_HTD, dim=2).square_().add_(GAMMA_EPSILON)
+            counted_HT = (1 - stored_HT1[..., 0] / squared_norm_HT).clamp_(0, 1)
+            if weight_HT is not None:
+                counted_HT *= weight_HT
+        value_HTE = value_HTE - torch.bmm(feature_HTD, memory_HDE).div_(stored_HT1.add_(NORMALIZER_EPSILON))
+    if counted_HT is None:
+        normalizer_HD += feature_HTD.sum(dim=1)
+    else:
+        normalizer_HD += torch.bmm(counted_HT[:, None], feature_HTD)[:, 0]
+    if weight_HT is not None:
+        feature_HTD *= weight_HT[..., None]
+    memory_HDE.baddbmm_(feature_HTD.transpose(1, 2), value_HTE)
+
+
+def _features_cpu(x: torch.Tensor) -> torch.Tensor:
+    """sigma(x) = exp(min(x, 0)) + max(x, 0), float32, contiguous, new."""
+    x = x.float().contiguous()
+    return x.clamp(max=0).exp_().add_(x.clamp(min=0))
