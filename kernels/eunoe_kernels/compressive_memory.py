@@ -11,12 +11,18 @@ w_t is a token's write weight, 1 in the paper. `delta` subtracts what the memory
 the key each time: a value that is written again and again would be read back as its half. The gamma correction of ARMT
 (Rodkin et al. 2024, arXiv:2407.04841) leaves out of z what is already in it:
 
-    gamma      z <- z + sum_t w_t gamma_t sigma(k_t)
+    gamma      z <- max(z + sum_t w_t gamma_t sigma(k_t), sum_t w_t sigma(k_t))
                gamma_t = clip(1 - sigma(k_t) z / (|sigma(k_t)|^2 + 1e-5), 0, 1)                          z of before
 
 Let one key be written N times with weight w and z = c sigma(k), M = m sigma(k)^T v. Then gamma = 1 - c, so
 c <- c + w (1 - c) goes to 1 and m <- m + w (1 - m / c) keeps m = c: the value is read back whole from the first write
 on. (ARMT's own z takes gamma without w: then a first write of weight w is read back as w v.)
+
+The maximum is ours. A batch of `delta` multiplies M by I - P, where the greatest eigenvalue of P is at most the
+greatest ratio, over the elements of z, of sum_t w_t sigma(k_t) to z: beyond 2 it overshoots. Without gamma z then holds
+this batch too and the next ratio is below 1. With gamma z may stay at what a first, smaller batch has left, and every
+further batch overshoots again, until M is infinite. As z never falls below what one batch has written, it overshoots at
+most once for each time that batches grow; where they do not grow the maximum changes nothing.
 
 Everything is float32, whatever the keys are: in float16 z overflows after some 50,000 tokens, and in bfloat16 it stops
 growing at 2^18. Queries and keys are those before rotary positions.
@@ -144,6 +150,8 @@ def update_reference(
             counted_T1 = weight_T1 * (1 - stored_T1 / (squared_norm_T1 + GAMMA_EPSILON)).clamp(0, 1)
         memory_DE += (weight_T1 * feature_TD).T @ new_value_TE
         normalizer_D += (counted_T1 * feature_TD).sum(dim=0)
+        if uses_gamma:
+            normalizer_D.copy_(normalizer_D.maximum((weight_T1 * feature_TD).sum(dim=0)))
 
 
 def features_reference(x: torch.Tensor) -> torch.Tensor:
@@ -175,22 +183,18 @@ def _update_cpu(
         key_HTD, value_HTE = key_HTD.masked_fill(is_unwritten, 0), value_HTE.masked_fill(is_unwritten, 0)
         weight_HT = weight_HT.float()
     feature_HTD = _features_cpu(key_HTD)
-    counted_HT = weight_HT
+    written_HTD = feature_HTD if weight_HT is None else feature_HTD * weight_HT[..., None]
     if rule == "delta":
         stored_HT1 = torch.bmm(feature_HTD, normalizer_HD[..., None])
-        if uses_gamma:
-            squared_norm_HT = torch.linalg.vector_norm(feature_HTD, dim=2).square_().add_(GAMMA_EPSILON)
-            counted_HT = (1 - stored_HT1[..., 0] / squared_norm_HT).clamp_(0, 1)
-            if weight_HT is not None:
-                counted_HT *= weight_HT
-        value_HTE = value_HTE - torch.bmm(feature_HTD, memory_HDE).div_(stored_HT1.add_(NORMALIZER_EPSILON))
-    if counted_HT is None:
-        normalizer_HD += feature_HTD.sum(dim=1)
+        value_HTE = value_HTE - torch.bmm(feature_HTD, memory_HDE).div_(stored_HT1 + NORMALIZER_EPSILON)
+    if uses_gamma:
+        squared_norm_HT1 = feature_HTD.square().sum(dim=2, keepdim=True)
+        gamma_HT1 = (1 - stored_HT1 / squared_norm_HT1.add_(GAMMA_EPSILON)).clamp_(0, 1)
+        normalizer_HD += torch.bmm(written_HTD.transpose(1, 2), gamma_HT1)[..., 0]
+        torch.maximum(normalizer_HD, written_HTD.sum(dim=1), out=normalizer_HD)
     else:
-        normalizer_HD += torch.bmm(counted_HT[:, None], feature_HTD)[:, 0]
-    if weight_HT is not None:
-        feature_HTD *= weight_HT[..., None]
-    memory_HDE.baddbmm_(feature_HTD.transpose(1, 2), value_HTE)
+        normalizer_HD += written_HTD.sum(dim=1)
+    memory_HDE.baddbmm_(written_HTD.transpose(1, 2), value_HTE)
 
 
 def _features_cpu(x: torch.Tensor) -> torch.Tensor:

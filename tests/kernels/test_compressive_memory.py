@@ -136,6 +136,19 @@ def test_delta_with_gamma_replaces_the_value_of_a_key() -> None:
     torch.testing.assert_close(retrieve(key[:, None], memory, normalizer)[:, 0], new, atol=1e-3, rtol=1e-3)
 
 
+def test_delta_with_gamma_survives_batches_that_grow() -> None:
+    shape = (1, 1, 512, 16, 16)
+    memory, normalizer = empty_memory(1, 16, 16)
+    key, value, _ = tokens(shape, 0, has_weights=False)
+    update(memory, normalizer, key[:, :8], value[:, :8], None, rule="delta", uses_gamma=True)
+
+    for _ in range(100):
+        update(memory, normalizer, key, value, None, rule="delta", uses_gamma=True)
+
+    # Values are within 5, and an average of them is too.
+    assert retrieve(key[:, None], memory, normalizer).abs().max() < 5
+
+
 def test_features_of_very_negative_keys_keep_their_digits() -> None:
     x = torch.linspace(-60, 3, 640)
     expected = torch.where(x > 0, x.double() + 1, x.double().exp()).float()
