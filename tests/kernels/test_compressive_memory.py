@@ -5,6 +5,8 @@ import pytest
 import torch
 
 from eunoe_kernels.compressive_memory import (
+    _retrieve_triton,
+    _update_triton,
     empty_memory,
     features_reference,
     retrieve,
@@ -75,6 +77,46 @@ def test_updates_equal_the_reference(shape: Shape, dtype: torch.dtype, rule: str
 
     torch.testing.assert_close(memory, expected_memory, atol=2e-4, rtol=1e-5)
     torch.testing.assert_close(normalizer, expected_normalizer, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs the kernel itself")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_triton_retrieval_equals_the_reference(shape: Shape, dtype: torch.dtype) -> None:
+    given = (queries(shape, dtype), *a_memory(shape))
+
+    torch.testing.assert_close(_retrieve_triton(*given), retrieve_reference(*given), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs the kernel itself")
+@pytest.mark.parametrize("has_weights", [True, False], ids=["weights", "no weights"])
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_triton_updates_equal_the_reference(shape: Shape, dtype: torch.dtype, rule: str, has_weights: bool) -> None:
+    (memory, normalizer), (expected_memory, expected_normalizer) = a_memory(shape), a_memory(shape)
+    batch = tokens(shape, 0, dtype, has_weights=has_weights)
+
+    _update_triton(memory, normalizer, *batch, RULES[rule]["rule"], RULES[rule].get("uses_gamma", False))
+    update_reference(expected_memory, expected_normalizer, *batch, **RULES[rule])
+
+    torch.testing.assert_close(memory, expected_memory, atol=2e-4, rtol=1e-5)
+    torch.testing.assert_close(normalizer, expected_normalizer, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rule", RULES)
+def test_gpu_equals_the_reference(rule: str) -> None:
+    shape = (2, 3, 512, 128, 128)
+    state, expected = ([tensor.cuda() for tensor in a_memory(shape)] for _ in range(2))
+    batch = [None if tensor is None else tensor.cuda() for tensor in tokens(shape, 0, torch.bfloat16)]
+    query = queries(shape, torch.bfloat16).cuda()
+
+    update(*state, *batch, **RULES[rule])
+    update_reference(*expected, *batch, **RULES[rule])
+
+    torch.testing.assert_close(state, expected, atol=1e-3, rtol=1e-4)
+    torch.testing.assert_close(retrieve(query, *state), retrieve_reference(query, *expected), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("rule", RULES)
