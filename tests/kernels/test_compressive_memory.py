@@ -1,4 +1,5 @@
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -258,3 +259,47 @@ def test_unknown_rules_are_refused() -> None:
         update(memory, normalizer, *batch, rule="hebb")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="gamma"):
         update(memory, normalizer, *batch, rule="linear", uses_gamma=True)
+
+
+def a_stream(num_batches: int, key_dim: int) -> Iterator[Batch]:
+    """Batches of 512 tokens of one head; mean sigma(key) is 1.35."""
+    generator = torch.Generator().manual_seed(3)
+    for _ in range(num_batches):
+        key = 1.65 * torch.randn(1, 512, key_dim, generator=generator)
+        value = torch.randn(1, 512, key_dim, generator=generator) + key.roll(1, dims=2)
+        yield key, value, torch.sigmoid(key[..., 0])
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_hundred_thousand_tokens_are_those_of_float64(rule: str) -> None:
+    single = empty_memory(1, 32, 32)
+    memory, normalizer = (state.double() for state in empty_memory(1, 32, 32))
+
+    for batch in a_stream(200, 32):
+        update(*single, *batch, **RULES[rule])
+        update_reference(memory, normalizer, *batch, **RULES[rule])
+
+    query = batch[0][:, None]
+    for got, expected in (
+        (single[0], memory),
+        (single[1], normalizer),
+        (retrieve(query, *single), retrieve_reference(query, memory, normalizer)),
+    ):
+        assert (got.double() - expected).norm() <= 1e-5 * expected.norm()
+
+
+def test_float16_overflows_and_bfloat16_stops_growing() -> None:
+    states = {dtype: [state.to(dtype) for state in empty_memory(1, 4, 4)] for dtype in (torch.float16, torch.bfloat16)}
+    single, frozen = empty_memory(1, 4, 4), torch.empty(0)
+
+    for index, (key, value, _) in enumerate(a_stream(600, 4)):
+        for state in states.values():
+            update_reference(*state, key, value, None, rule="linear")
+        update(*single, key, value, None, rule="linear")
+        if index == 500:
+            frozen = states[torch.bfloat16][1].clone()
+
+    assert states[torch.float16][1].isinf().all()
+    assert torch.equal(states[torch.bfloat16][1], frozen)
+    assert single[1].min() > 1.4 * frozen.max()
+    assert single[1].mean().item() == pytest.approx(600 * 512 * 1.35, rel=0.01)
