@@ -1,10 +1,13 @@
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 
 from eunoe_kernels.compressive_memory import (
+    _retrieve_triton,
+    _update_triton,
     empty_memory,
     features_reference,
     retrieve,
@@ -77,6 +80,46 @@ def test_updates_equal_the_reference(shape: Shape, dtype: torch.dtype, rule: str
     torch.testing.assert_close(normalizer, expected_normalizer, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs the kernel itself")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_triton_retrieval_equals_the_reference(shape: Shape, dtype: torch.dtype) -> None:
+    given = (queries(shape, dtype), *a_memory(shape))
+
+    torch.testing.assert_close(_retrieve_triton(*given), retrieve_reference(*given), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs the kernel itself")
+@pytest.mark.parametrize("has_weights", [True, False], ids=["weights", "no weights"])
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_triton_updates_equal_the_reference(shape: Shape, dtype: torch.dtype, rule: str, has_weights: bool) -> None:
+    (memory, normalizer), (expected_memory, expected_normalizer) = a_memory(shape), a_memory(shape)
+    batch = tokens(shape, 0, dtype, has_weights=has_weights)
+
+    _update_triton(memory, normalizer, *batch, RULES[rule]["rule"], RULES[rule].get("uses_gamma", False))
+    update_reference(expected_memory, expected_normalizer, *batch, **RULES[rule])
+
+    torch.testing.assert_close(memory, expected_memory, atol=2e-4, rtol=1e-5)
+    torch.testing.assert_close(normalizer, expected_normalizer, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rule", RULES)
+def test_gpu_equals_the_reference(rule: str) -> None:
+    shape = (2, 3, 512, 128, 128)
+    state, expected = ([tensor.cuda() for tensor in a_memory(shape)] for _ in range(2))
+    batch = [None if tensor is None else tensor.cuda() for tensor in tokens(shape, 0, torch.bfloat16)]
+    query = queries(shape, torch.bfloat16).cuda()
+
+    update(*state, *batch, **RULES[rule])
+    update_reference(*expected, *batch, **RULES[rule])
+
+    torch.testing.assert_close(state, expected, atol=1e-3, rtol=1e-4)
+    torch.testing.assert_close(retrieve(query, *state), retrieve_reference(query, *expected), atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("rule", RULES)
 def test_padding_changes_no_bit(rule: str) -> None:
     memory, normalizer = a_memory(SHAPES[1])
@@ -134,6 +177,19 @@ def test_delta_with_gamma_replaces_the_value_of_a_key() -> None:
         update(memory, normalizer, key, value, None, rule="delta", uses_gamma=True)
 
     torch.testing.assert_close(retrieve(key[:, None], memory, normalizer)[:, 0], new, atol=1e-3, rtol=1e-3)
+
+
+def test_delta_with_gamma_survives_batches_that_grow() -> None:
+    shape = (1, 1, 512, 16, 16)
+    memory, normalizer = empty_memory(1, 16, 16)
+    key, value, _ = tokens(shape, 0, has_weights=False)
+    update(memory, normalizer, key[:, :8], value[:, :8], None, rule="delta", uses_gamma=True)
+
+    for _ in range(100):
+        update(memory, normalizer, key, value, None, rule="delta", uses_gamma=True)
+
+    # Values are within 5, and an average of them is too.
+    assert retrieve(key[:, None], memory, normalizer).abs().max() < 5
 
 
 def test_features_of_very_negative_keys_keep_their_digits() -> None:
@@ -203,3 +259,47 @@ def test_unknown_rules_are_refused() -> None:
         update(memory, normalizer, *batch, rule="hebb")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="gamma"):
         update(memory, normalizer, *batch, rule="linear", uses_gamma=True)
+
+
+def a_stream(num_batches: int, key_dim: int) -> Iterator[Batch]:
+    """Batches of 512 tokens of one head; mean sigma(key) is 1.35."""
+    generator = torch.Generator().manual_seed(3)
+    for _ in range(num_batches):
+        key = 1.65 * torch.randn(1, 512, key_dim, generator=generator)
+        value = torch.randn(1, 512, key_dim, generator=generator) + key.roll(1, dims=2)
+        yield key, value, torch.sigmoid(key[..., 0])
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_hundred_thousand_tokens_are_those_of_float64(rule: str) -> None:
+    single = empty_memory(1, 32, 32)
+    memory, normalizer = (state.double() for state in empty_memory(1, 32, 32))
+
+    for batch in a_stream(200, 32):
+        update(*single, *batch, **RULES[rule])
+        update_reference(memory, normalizer, *batch, **RULES[rule])
+
+    query = batch[0][:, None]
+    for got, expected in (
+        (single[0], memory),
+        (single[1], normalizer),
+        (retrieve(query, *single), retrieve_reference(query, memory, normalizer)),
+    ):
+        assert (got.double() - expected).norm() <= 1e-5 * expected.norm()
+
+
+def test_float16_overflows_and_bfloat16_stops_growing() -> None:
+    states = {dtype: [state.to(dtype) for state in empty_memory(1, 4, 4)] for dtype in (torch.float16, torch.bfloat16)}
+    single, frozen = empty_memory(1, 4, 4), torch.empty(0)
+
+    for index, (key, value, _) in enumerate(a_stream(600, 4)):
+        for state in states.values():
+            update_reference(*state, key, value, None, rule="linear")
+        update(*single, key, value, None, rule="linear")
+        if index == 500:
+            frozen = states[torch.bfloat16][1].clone()
+
+    assert states[torch.float16][1].isinf().all()
+    assert torch.equal(states[torch.bfloat16][1], frozen)
+    assert single[1].min() > 1.4 * frozen.max()
+    assert single[1].mean().item() == pytest.approx(600 * 512 * 1.35, rel=0.01)
