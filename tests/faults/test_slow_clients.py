@@ -9,16 +9,16 @@ from slow_clients import Ending, SlowFigures, slow_clients
 def check(figures: SlowFigures) -> None:
     """What holds of any crowd."""
     assert figures.complaints == ()
-    # What an export that is not read holds; all of them would be several times as much.
+    # What is not read is not held: 20 to 30 MiB of each export as a rule, 59 once on a busy machine.
     num_exports = sum(count for kind, count in figures.num_clients.items() if kind.startswith("export"))
-    assert max(figures.growth_mib.values()) < 40 * num_exports < figures.export_mib * num_exports
+    assert max(figures.growth_mib.values()) < figures.export_mib / 2 * num_exports
     assert figures.unread_mib < 32
     assert figures.crowded_ms[0] < 200
     assert figures.crowded_ms[1] < 2000
 
 
 async def test_slow_clients_are_held_back_and_leave_nothing_behind(tiny_model: Path) -> None:
-    figures = await slow_clients(tiny_model, ["reset"], num_each=1, seconds=0.5, export_mib=64)
+    figures = await slow_clients(tiny_model, ["reset"], num_each=1, seconds=0.5, export_mib=128)
 
     check(figures)
     assert set(figures.given_back_seconds) == {"reset"}
