@@ -8,8 +8,8 @@ segment.
 Axes: B batch, S segments, N bytes of a segment, H KV heads, G query heads a KV head, D head dimension, E hidden size.
 """
 
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -46,9 +46,6 @@ class NanoConfig:
             raise ValueError(f"{self.num_query_heads} query heads do not share {self.num_kv_heads} KV heads evenly")
         if self.update_rule not in ("linear", "delta"):
             raise ValueError(f"update rule {self.update_rule!r} is neither linear nor delta")
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 @dataclass(slots=True)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
+from eunoe.decoder.config import DecoderConfig, RopeConfig
 from eunoe.training.decoder.differentiable import NanoDecoder
 
 
@@ -19,23 +20,23 @@ def export(model: NanoDecoder, directory: Path, segment_length: int, trained_len
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {f"model.{name}": tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-    described = {
+    shape = DecoderConfig(
+        name=directory.name,
+        vocab_size=config.vocab_size,
+        dim=config.hidden_size,
+        num_layers=config.num_layers,
+        num_query_heads=config.num_query_heads,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        ffn_dim=config.intermediate_size,
+        norm_eps=config.rms_norm_eps,
+        rope=RopeConfig(theta=config.rope_theta),
+        ties_embeddings=True,
+        max_positions=trained_length,
+    )
+    described = shape.to_hf() | {
         "model_type": "eunoe",
         "architectures": ["EunoeForCausalLM"],
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_query_heads,
-        "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_dim,
-        "intermediate_size": config.intermediate_size,
-        "hidden_act": "silu",
-        "rms_norm_eps": config.rms_norm_eps,
-        "rope_theta": config.rope_theta,
-        "max_position_embeddings": trained_length,
-        "tie_word_embeddings": True,
-        "attention_bias": False,
-        "mlp_bias": False,
         "tokenizer": "bytes",
         "torch_dtype": "float32",
         "compressive_memory": {

@@ -80,9 +80,9 @@ def draw(task: PasskeyTask, generator: np.random.Generator) -> Sample:
         for piece in filler(name, int(generator.integers(low, high + 1)), task.split, generator):
             writer.add(piece, PLAIN)
 
-    keys = {"pass": _digits(generator)}
+    keys = {"pass": draw_key(generator)}
     if generator.random() < task.two_keys_share:
-        keys[OTHER_NAMES[int(generator.integers(len(OTHER_NAMES)))]] = _digits(generator)
+        keys[OTHER_NAMES[int(generator.integers(len(OTHER_NAMES)))]] = draw_key(generator)
     if generator.random() < task.introduction_share:
         writer.add(INTRODUCTION, PLAIN)
     order = generator.permutation(len(keys))
@@ -102,7 +102,8 @@ def draw(task: PasskeyTask, generator: np.random.Generator) -> Sample:
     return writer.sample(task.length)
 
 
-def _digits(generator: np.random.Generator) -> str:
+def draw_key(generator: np.random.Generator) -> str:
+    """Digits, each as likely as any other."""
     return "".join(str(digit) for digit in generator.integers(0, 10, NUM_DIGITS))
 
 

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from eunoe.training.decoder.corpus import FillerName, filler
 from eunoe.training.decoder.differentiable import LayerState, NanoDecoder, SegmentPlan
-from eunoe.training.decoder.passkey import INTRODUCTION, NUM_DIGITS, needle, question
+from eunoe.training.decoder.passkey import INTRODUCTION, NUM_DIGITS, draw_key, needle, question
 
 MemoryUse = Literal["all", "window_only", "zeroed"]
 NUM_ANSWER_BYTES = NUM_DIGITS + 2
@@ -42,7 +42,7 @@ def passkey_case(
     num_bytes: int, depth: float, generator: np.random.Generator, filler_name: FillerName = "paper"
 ) -> PasskeyCase:
     """A prompt of at most `num_bytes` bytes, less than one sentence short of it."""
-    key = "".join(str(digit) for digit in generator.integers(0, 10, NUM_DIGITS))
+    key = draw_key(generator)
     fixed = len(INTRODUCTION) + len(needle(key)) + len(question())
     if num_bytes < fixed:
         raise ValueError(f"a prompt has at least {fixed} bytes, not {num_bytes}")

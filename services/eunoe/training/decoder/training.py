@@ -1,10 +1,10 @@
 """The training loop: deterministic from a seed, resumable from one file."""
 
+import io
 import json
-import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch.nn import functional
 from eunoe.training.decoder.curriculum import Stage
 from eunoe.training.decoder.differentiable import NanoConfig, NanoDecoder, SegmentPlan
 from eunoe.training.decoder.passkey import ANSWER, COPY, PLAIN, draw
+from eunoe.training.run_directory import write_whole
 
 OnStep = Callable[[dict[str, Any]], None]
 
@@ -171,16 +172,8 @@ def _mean(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def _save(path: Path, model: NanoDecoder, optimizer: torch.optim.Optimizer, progress: _Progress) -> None:
-    state = {
-        "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "progress": {
-            "step": progress.step,
-            "stage": progress.stage,
-            "stage_step": progress.stage_step,
-            "accuracies": progress.accuracies,
-        },
-    }
-    partial = path.with_suffix(".partial")
-    torch.save(state, partial)
-    os.replace(partial, path)
+    content = io.BytesIO()
+    torch.save(
+        {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "progress": asdict(progress)}, content
+    )
+    write_whole(path, content.getvalue())
