@@ -34,6 +34,8 @@ from eunoe.training.tasks.haystack import lines
 from eunoe.training.tasks.suite import suite
 
 OUT = Path(__file__).parents[1] / "out"
+# Ours without parameters, by label.
+OTHERS = {name.partition("/")[0]: policy for name, policy in POLICIES.items()}
 # Of kvpress' presses those that need no question, no training and no second reading. PyramidKV is none of them: at 25%
 # of such contexts it is SnapKV, and at 50% its layers differ in length, for which `transformers` has no mask.
 PRESSES = (
@@ -77,8 +79,7 @@ def main() -> None:
     suffix = f", {options.positions}, {decoder.model_digest[:12]}"
     full = Contender("full cache", f"full-cache{suffix}")
     policies: dict[str, EvictionPolicy] = {path.stem: Namm.load(path) for path in options.policy}
-    others = {name.partition("/")[0]: policy for name, policy in POLICIES.items()}
-    policies |= {label: policy for label, policy in others.items() if label in options.against}
+    policies |= {label: OTHERS[label] for label in options.against}
     ours = [Contender(label, policy.name + suffix, policy) for label, policy in policies.items()]
     presses: list[Contender] = []
     if options.kvpress_python:
@@ -119,8 +120,7 @@ def parsed_options() -> argparse.Namespace:
     parser = arguments(__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--policy", type=Path, action="append", default=[], help="a NAMM's file; may come again")
     parser.add_argument("--kvpress-python", type=Path, help="of an environment with kvpress (make kvpress-env)")
-    names = [name.partition("/")[0] for name in POLICIES]
-    parser.add_argument("--against", nargs="*", default=names, help="which others of ours (default: all)")
+    parser.add_argument("--against", nargs="*", choices=OTHERS, default=list(OTHERS), help="of ours (default: all)")
     parser.add_argument("--presses", nargs="+", default=PRESSES, metavar="PRESS", help="of kvpress (default: many)")
     parser.add_argument("--check-presses", type=int, default=0, help="on so many cases, against kvpress' own pipeline")
     parser.add_argument("--lengths", type=int, nargs="+", help="tokens of the contexts (default: 1024 2048 4096)")

@@ -73,7 +73,7 @@ class Scoring:
         policy = self._policy(request.policy)
         feature_LHSI = self._features(request.features)
         start = time.monotonic()
-        scores_LHS = _scored(policy, feature_LHSI.float())
+        scores_LHS = _scored(policy, feature_LHSI)
         metrics.SCORING_SECONDS.labels(policy.name).observe(time.monotonic() - start)
         writer = None
         if request.features.HasField("file") and self._payload_dir is not None:
@@ -90,7 +90,7 @@ class Scoring:
         if kept_LHS.shape[:2] != feature_LHSI.shape[:2] or kept_LHS.min() < 0 or kept_LHS.max() >= num_slots:
             raise InvalidRequest(f"slots {tuple(kept_LHS.shape)} are not of features {tuple(feature_LHSI.shape)}")
         shape = _Shape(num_slots, request.num_sink_tokens)
-        shadow_LHS = shadow.keep_scored(_scored(shadow, feature_LHSI.float()), shape, request.budget)
+        shadow_LHS = shadow.keep_scored(_scored(shadow, feature_LHSI), shape, request.budget)
         is_kept_LHS = torch.zeros(feature_LHSI.shape[:3], dtype=torch.bool).scatter_(2, kept_LHS, True)
         num_kept, num_agreed = kept_LHS.numel(), int(is_kept_LHS.gather(2, shadow_LHS).sum())
         metrics.COMPARED_SLOTS.labels(request.policy, shadow.name).inc(num_kept)
@@ -114,7 +114,7 @@ class Scoring:
 
 def _scored(policy: ScoringPolicy, feature_LHSI: torch.Tensor) -> torch.Tensor:
     try:
-        scores_LHS = score(policy, feature_LHSI)
+        scores_LHS = score(policy, feature_LHSI.float())
     except (RuntimeError, IndexError) as error:
         # torch's word for shapes that do not fit to each other.
         raise InvalidRequest(f"{policy.name} scores no features {tuple(feature_LHSI.shape)}") from error
