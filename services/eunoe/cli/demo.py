@@ -46,12 +46,12 @@ _QUESTIONS = (
     _Question(
         prompt="The important information:",
         answer_start="the pass key is",
-        place="a note that lies between two lines in the middle of all that is read",
+        place="a note put between two lines, before all that the full cache has read",
     ),
     _Question(
         prompt="Question: How long was the dragon bound?\nAnswer:",
         answer_start="He laid hold on the dragon, that old serpent, and bound him",
-        place="Revelation 20:2, ordinary prose 1,200 tokens ago",
+        place="Revelation 20:2, prose that is not among the newest tokens",
     ),
 )
 
@@ -104,10 +104,10 @@ def _stream_and_ask(
         )
     what = "The whole book" if is_whole_book else "The end of the book"
     say(f"\n{what}, {num_tokens:,} tokens, into a memory of 1,024 tokens a head:")
-    # Before all that the full cache has read.
-    middle = text.rfind("\n", 0, starts[-max(num_tokens // 2, min(NUM_RECENT_TOKENS, num_tokens))]) + 1
-    middle = max(middle, starts[-num_tokens])
-    stream, seconds = _append(client, _BOUNDED, text[starts[-num_tokens] : middle] + _NOTE + text[middle:], 0)
+    streamed = text[starts[-num_tokens] :]
+    num_after = max(num_tokens // 2, min(NUM_RECENT_TOKENS, num_tokens))
+    place = streamed.rfind("\n", 0, starts[-num_after] - starts[-num_tokens]) + 1
+    stream, seconds = _append(client, _BOUNDED, streamed[:place] + _NOTE + streamed[place:], 0)
 
     answers = [_ask(client, question, say) for question in _QUESTIONS]
     (model,) = client.list_models()
