@@ -6,7 +6,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from eunoe.training.decoder.differentiable import CompressiveAttention, NanoConfig, NanoDecoder, SegmentPlan
+from eunoe.training.decoder.differentiable import (
+    CompressiveAttention,
+    NanoConfig,
+    NanoDecoder,
+    SegmentPlan,
+    elu_features,
+    update,
+)
+from eunoe_kernels.compressive_memory import features_reference, update_reference
 
 SEGMENT = 8
 
@@ -159,6 +167,27 @@ def test_writing_a_segment_more_often_equals_a_larger_write_scale() -> None:
     scale = torch.tensor([3.0, 1.0, 1.0]).double().view(1, 3, 1, 1, 1)
     _, scaled = attention(torch.cat([segment, end], dim=1), _plan(config, write_scale=scale), None)
     torch.testing.assert_close(repeated.memory, scaled.memory)
+
+
+@pytest.mark.parametrize(("rule", "uses_gamma"), [("linear", False), ("delta", False), ("delta", True)])
+@torch.no_grad()
+def test_the_memory_is_written_as_by_the_kernel_that_serves_it(rule: str, uses_gamma: bool) -> None:
+    generator = torch.Generator().manual_seed(6)
+    memory, expected, normalizer = torch.zeros(1, 2, 8, 9), torch.zeros(2, 8, 8), torch.zeros(2, 8)
+    # The later batches write far more than the first.
+    for num_tokens, weight in ((4, 0.1), (64, 0.9), (64, 0.9), (64, 0.9)):
+        keys, values = (torch.randn(2, num_tokens, 8, generator=generator) for _ in range(2))
+        weights = torch.full((2, num_tokens), weight)
+        settings = {"rule": rule, "uses_gamma": uses_gamma}
+        update_reference(expected, normalizer, keys, values, weights, **settings)  # type: ignore[arg-type]
+        memory = update(memory, elu_features(keys)[None], values[None], weights[None, ..., None], **settings)  # type: ignore[arg-type]
+    torch.testing.assert_close(memory[0, ..., :-1], expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(memory[0, ..., -1], normalizer, atol=1e-4, rtol=1e-4)
+
+
+def test_features_of_very_negative_numbers_keep_their_digits() -> None:
+    x = torch.linspace(-60, 5, 200)
+    torch.testing.assert_close(elu_features(x), features_reference(x.double()).float(), atol=0.0, rtol=1e-5)
 
 
 def test_gates_and_write_gates_receive_gradients() -> None:

@@ -165,7 +165,8 @@ class WriteGate(nn.Module):
 
 def elu_features(x: Tensor) -> Tensor:
     """sigma(x) = elu(x) + 1, always positive."""
-    return functional.elu(x) + 1.0
+    # elu(x) + 1 has lost 7% of exp(x) at -14, and all of it at -17: filler that a passkey must outweigh lies there.
+    return x.clamp(max=0).exp() + functional.relu(x)
 
 
 def update(
@@ -177,7 +178,8 @@ def update(
         memory: `[B, H, D, D + 1]`, M and z.
         features, values: `[B, H, N, D]`.
         weights: `[B, H, N, 1]`.
-        uses_gamma: Do not count in z what is already stored there (arXiv 2407.04841).
+        uses_gamma: Do not count in z what is already stored there (arXiv 2407.04841), but no less than this batch:
+            else batches that write more than the first did would make M grow without end.
     """
     counts = torch.ones_like(weights)
     if rule == "delta" or uses_gamma:
@@ -189,7 +191,12 @@ def update(
         if uses_gamma:
             norm = features.square().sum(-1, keepdim=True) + 1e-5
             counts = (1.0 - stored_count / norm).clamp(0.0, 1.0).detach()
-    return memory + (features * weights).transpose(-1, -2) @ torch.cat([values, counts], dim=-1)
+    written = features * weights
+    memory = memory + written.transpose(-1, -2) @ torch.cat([values, counts], dim=-1)
+    if uses_gamma:
+        normalizer = memory[..., -1:].maximum(written.sum(-2)[..., None])
+        memory = torch.cat([memory[..., :-1], normalizer], dim=-1)
+    return memory
 
 
 def retrieve(queries: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
