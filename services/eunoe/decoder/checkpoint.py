@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from eunoe.decoder.config import DecoderConfig, RopeConfig
 from eunoe.decoder.tokenizer import tokenizer_files_from_gguf
-from eunoe.decoder.weights import LayerWeights, Weights
+from eunoe.decoder.weights import LayerWeights, MemoryGates, Weights
 
 _EMBEDDING = "model.embed_tokens.weight"
 _OUTPUT_NORM = "model.norm.weight"
@@ -22,6 +22,8 @@ _ATTENTION_OUTPUT = "self_attn.o_proj.weight"
 _FFN_NORM = "post_attention_layernorm.weight"
 _GATE_UP = ("mlp.gate_proj.weight", "mlp.up_proj.weight")
 _FFN_DOWN = "mlp.down_proj.weight"
+_MEMORY_GATE = "self_attn.memory_gate"
+_WRITE_GATE = ("self_attn.write_gate.weight", "self_attn.write_gate.bias")
 
 _GGUF_NAMES = {
     "token_embd.weight": _EMBEDDING,
@@ -63,11 +65,14 @@ def load_weights(directory: Path | str, dtype: torch.dtype) -> Weights:
     tensors = _SafetensorsDirectory(Path(directory))
     query_dim, kv_dim = config.num_query_heads * config.head_dim, config.num_kv_heads * config.head_dim
 
-    def tensor(name: str, *shape: int) -> torch.Tensor:
+    def exact(name: str, *shape: int) -> torch.Tensor:
         found = tensors.read(name)
         if found.shape != shape:
             raise ValueError(f"{name} is {tuple(found.shape)}, not {shape}")
-        return found.to(dtype)
+        return found.float()
+
+    def tensor(name: str, *shape: int) -> torch.Tensor:
+        return exact(name, *shape).to(dtype)
 
     def layer(index: int) -> LayerWeights:
         prefix = f"model.layers.{index}."
@@ -87,12 +92,27 @@ def load_weights(directory: Path | str, dtype: torch.dtype) -> Weights:
             ffn_down=tensor(prefix + _FFN_DOWN, config.dim, config.ffn_dim),
         )
 
+    def gates(index: int) -> MemoryGates:
+        prefix = f"model.layers.{index}."
+        mixing = exact(prefix + _MEMORY_GATE, config.num_query_heads)
+        if not (config.compressive_memory and config.compressive_memory.has_write_gate):
+            return MemoryGates(
+                mixing=mixing, write_weight=torch.empty(config.num_kv_heads, 0), write_bias=torch.empty(0)
+            )
+        weight, bias = (prefix + name for name in _WRITE_GATE)
+        return MemoryGates(
+            mixing=mixing,
+            write_weight=exact(weight, config.num_kv_heads, config.head_dim),
+            write_bias=exact(bias, config.num_kv_heads),
+        )
+
     embedding = tensor(_EMBEDDING, config.vocab_size, config.dim)
     return Weights(
         embedding=embedding,
         layers=tuple(layer(index) for index in range(config.num_layers)),
         output_norm=tensor(_OUTPUT_NORM, config.dim),
         output=embedding if config.ties_embeddings else tensor(_OUTPUT, config.vocab_size, config.dim),
+        memory_gates=tuple(map(gates, range(config.num_layers))) if config.compressive_memory is not None else (),
     )
 
 
@@ -113,6 +133,11 @@ def save_weights(directory: Path | str, config: DecoderConfig, weights: Weights)
             _FFN_DOWN: layer.ffn_down,
         }
         tensors |= {prefix + name: part for name, part in parts.items()}
+    for index, gates in enumerate(weights.memory_gates):
+        parts = {_MEMORY_GATE: gates.mixing}
+        if len(gates.write_bias):
+            parts |= zip(_WRITE_GATE, (gates.write_weight, gates.write_bias), strict=True)
+        tensors |= {f"model.layers.{index}.{name}": part for name, part in parts.items()}
     _write(Path(directory), config, tensors)
 
 

@@ -1,13 +1,16 @@
 """The shape of a decoder, and the dtypes it is bound to.
 
-Plain Llama is the only family so far: pre-norm RMSNorm, SwiGLU, rotary positions, grouped-query attention.
+Plain Llama (pre-norm RMSNorm, SwiGLU, rotary positions, grouped-query attention), or the same with a compressive memory
+beside each layer's attention.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal, Self
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, Self, get_args
 
 import torch
+
+from eunoe_kernels.compressive_memory import UpdateRule
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,6 +64,35 @@ class RopeConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class CompressiveMemoryConfig:
+    """How tokens that leave the window are kept (Infini-attention, Munkhdalai et al. 2024, arXiv:2404.07143)."""
+
+    update_rule: UpdateRule = "linear"
+    has_write_gate: bool = False
+    """Whether a token's key says how much of the token is written; else all of it is."""
+    uses_gamma: bool = False
+    """Whether the normalizer leaves out what it has counted already."""
+
+    def __post_init__(self) -> None:
+        if self.update_rule not in get_args(UpdateRule):
+            raise ValueError(f"update_rule={self.update_rule!r} is none of {get_args(UpdateRule)}")
+        if self.uses_gamma and self.update_rule != "delta":
+            raise ValueError("uses_gamma belongs to the delta rule")
+
+    @classmethod
+    def from_hf(cls, data: Mapping[str, Any]) -> Self:
+        """Read what stands under `compressive_memory` in a config.json.
+
+        Raises:
+            ValueError: If there is something that we do not know, or not all of it.
+        """
+        names = {f.name for f in fields(cls)}
+        if set(data) != names:
+            raise ValueError(f"compressive_memory has {sorted(data)}, not {sorted(names)}")
+        return cls(**data)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class DecoderConfig:
     """The shape of one decoder."""
 
@@ -79,6 +111,8 @@ class DecoderConfig:
     """Longest context the weights were trained on, in tokens."""
     kv_source: tuple[int, ...] = ()
     """For each layer, the layer whose keys and values it attends to. Empty means: each its own."""
+    compressive_memory: CompressiveMemoryConfig | None = None
+    """None in a plain Llama: there, what leaves the window is forgotten."""
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "dim", "num_layers", "num_query_heads", "num_kv_heads", "head_dim", "ffn_dim"):
@@ -109,13 +143,14 @@ class DecoderConfig:
         Raises:
             ValueError: If it is not of the Llama family, or uses biases or an activation that we do not run.
         """
-        if data.get("model_type") not in ("llama", "mistral"):
+        if data.get("model_type") not in ("llama", "mistral", "eunoe"):
             raise ValueError(f"model_type={data.get('model_type')!r} is not of the Llama family")
         if data.get("hidden_act", "silu") != "silu" or data.get("attention_bias") or data.get("mlp_bias"):
             raise ValueError("only SiLU without biases is supported")
         if data.get("sliding_window"):
             raise ValueError(f"sliding_window={data['sliding_window']} is not supported")
         num_query_heads = int(data["num_attention_heads"])
+        memory = data.get("compressive_memory")
         return cls(
             name=str(data.get("_name_or_path") or data["model_type"]),
             vocab_size=int(data["vocab_size"]),
@@ -129,14 +164,23 @@ class DecoderConfig:
             rope=RopeConfig.from_hf(data),
             ties_embeddings=bool(data.get("tie_word_embeddings", False)),
             max_positions=int(data.get("max_position_embeddings", 2048)),
+            compressive_memory=CompressiveMemoryConfig.from_hf(memory) if memory is not None else None,
         )
 
     def to_hf(self) -> dict[str, Any]:
         """A Hugging Face `config.json` from which `from_hf` makes an equal config."""
+        memory = self.compressive_memory
+        family: dict[str, Any] = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+        if memory is not None:
+            # Not a Llama to anybody else: without its memory it is another model.
+            family = {
+                "architectures": ["EunoeForCausalLM"],
+                "model_type": "eunoe",
+                "compressive_memory": asdict(memory),
+            }
         return {
             "_name_or_path": self.name,
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
+            **family,
             "hidden_act": "silu",
             "vocab_size": self.vocab_size,
             "hidden_size": self.dim,

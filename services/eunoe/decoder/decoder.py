@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 
 from eunoe.decoder.checkpoint import load_config, load_weights
+from eunoe.decoder.compressive_memory import CompressiveMemory
 from eunoe.decoder.config import DecoderConfig, Dtypes
 from eunoe.decoder.memory_state import MemorySettings, MemoryState
 from eunoe.decoder.numerics import numerics_id
@@ -45,17 +46,22 @@ class Decoder:
         self.model_digest = weights_digest(config, weights)
         self.numerics_id = numerics_id(dtypes, torch.get_num_threads())
         self._weights = weights.to(dtypes.compute)
-        # Prefill is bound by arithmetic; decoding is bound by reading, so it reads the weights as they are stored.
-        self._decode_step = DecodeStep(
-            weights,
-            num_query_heads=config.num_query_heads,
-            num_kv_heads=config.num_kv_heads,
-            head_dim=config.head_dim,
-            norm_eps=config.norm_eps,
-            kv_dtype=dtypes.kv,
-            num_threads=torch.get_num_threads(),
-        )
         self._rotary = Rotary(config.rope, config.head_dim)
+        self._compressive_memory: CompressiveMemory | None = None
+        self._decode_step: DecodeStep | None = None
+        if config.compressive_memory is not None:
+            self._compressive_memory = CompressiveMemory(config, weights.memory_gates)
+        else:
+            # Prefill is bound by arithmetic; decoding is bound by reading, so it reads the weights as they are stored.
+            self._decode_step = DecodeStep(
+                weights,
+                num_query_heads=config.num_query_heads,
+                num_kv_heads=config.num_kv_heads,
+                head_dim=config.head_dim,
+                norm_eps=config.norm_eps,
+                kv_dtype=dtypes.kv,
+                num_threads=torch.get_num_threads(),
+            )
 
     @classmethod
     def load(cls, directory: Path | str, dtypes: Dtypes | None = None, num_threads: int | None = None) -> Self:
@@ -120,7 +126,7 @@ class Decoder:
             if part is not None:
                 parts.append(part)
             ids = ids[num_now:]
-            _evict_at_boundary(state, policy)
+            self._evict_at_boundary(state, policy)
         if logits == "none":
             return None
         return parts[0][0] if logits == "last" else torch.cat(parts)
@@ -150,6 +156,21 @@ class Decoder:
         ids = self._checked(token_ids)
         for state, each in zip(states, policies, strict=True):
             state.use_statistics(each.statistics)
+        logits = self._decode_alone(states, ids) if self._decode_step is None else self._decode_together(states, ids)
+        for state, each in zip(states, policies, strict=True):
+            self._evict_at_boundary(state, each)
+        return logits
+
+    def _decode_alone(self, states: Sequence[MemoryState], ids: torch.Tensor) -> torch.Tensor:
+        """One pass of one token a state: the decode step knows no compressive memory."""
+        logits = (
+            self._run_pass(state, token_id[None], None, "last") for state, token_id in zip(states, ids, strict=True)
+        )
+        return torch.cat([each for each in logits if each is not None])
+
+    def _decode_together(self, states: Sequence[MemoryState], ids: torch.Tensor) -> torch.Tensor:
+        assert self._decode_step is not None
+        for state in states:
             state.clear_statistics(1)
             state.rotate_pending(self._rotary)
         cos, sin = self._rotary.rows(torch.tensor([state.next_position for state in states]))
@@ -160,10 +181,9 @@ class Decoder:
             for state in states
         ]
         logits = self._decode_step(ids.tolist(), streams, cos, sin)
-        for state, token_id, each in zip(states, ids, policies, strict=True):
+        for state, token_id in zip(states, ids, strict=True):
             state.append(token_id[None])
             state.num_rotated = state.num_slots
-            _evict_at_boundary(state, each)
         return logits
 
     def _checked(self, token_ids: npt.ArrayLike) -> torch.Tensor:
@@ -182,16 +202,19 @@ class Decoder:
         last = len(self._weights.layers) - 1
         x_TE = self._embed(ids)
         for index, layer in enumerate(self._weights.layers):
-            query_HGTD, key_HTD, value_HTD = self._project(x_TE, state, index, layer, cos, sin)
+            unrotated_HGTD, query_HGTD, key_HTD, value_HTD = self._project(x_TE, state, index, layer, cos, sin)
             if statistics is not None:
                 state.observe(statistics, index, query_HGTD, key_HTD)
             if index == last and logits == "none":
                 # Nobody reads what the last layer computes beyond its keys and values.
                 break
             past = slice(0, state.num_slots)
-            attended = segment_attention(
+            attended_THGD = segment_attention(
                 query_HGTD, key_HTD, value_HTD, state.rotated_keys[index, :, past], state.values[index, :, past]
-            ).flatten(1)
+            )
+            if self._compressive_memory is not None:
+                attended_THGD = self._compressive_memory.mixed_in(state, index, unrotated_HGTD, attended_THGD)
+            attended = attended_THGD.flatten(1)
             if index == last and logits == "last":
                 x_TE, attended = x_TE[-1:], attended[-1:]
             x_TE.addmm_(attended, layer.attention_output.T)
@@ -209,19 +232,23 @@ class Decoder:
         layer: LayerWeights,
         cos: torch.Tensor,
         sin: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Rotated queries and keys, and values, of a pass; keys and values are written behind the live slots."""
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries before and after rotary positions, rotated keys, and values, of a pass.
+
+        Keys and values are written behind the live slots.
+        """
         config, num_tokens = self.config, len(x_TE)
         qkv = self._normed(x_TE, layer.attention_norm) @ layer.query_key_value.T
         heads = qkv.view(num_tokens, -1, config.head_dim).transpose(0, 1)
-        query, key, value = heads.split([config.num_query_heads, config.num_kv_heads, config.num_kv_heads])
+        unrotated, key, value = heads.split([config.num_query_heads, config.num_kv_heads, config.num_kv_heads])
         state.write(index, key, value)
         rotated = torch.empty(
             config.num_query_heads + config.num_kv_heads, num_tokens, config.head_dim, dtype=torch.float32
         )
         rotate(heads[: len(rotated)].float(), cos, sin, out=rotated)
         query, key = rotated.to(qkv.dtype).split([config.num_query_heads, config.num_kv_heads])
-        return query.unflatten(0, (config.num_kv_heads, config.group_size)), key, value
+        groups = (config.num_kv_heads, config.group_size)
+        return unrotated.unflatten(0, groups), query.unflatten(0, groups), key, value
 
     def _embed(self, ids: torch.Tensor) -> torch.Tensor:
         return F.embedding(ids, self._weights.embedding)
@@ -236,8 +263,14 @@ class Decoder:
     def _logits(self, x: torch.Tensor) -> torch.Tensor:
         return (self._normed(x, self._weights.output_norm) @ self._weights.output.T).float()
 
-
-def _evict_at_boundary(state: MemoryState, policy: EvictionPolicy) -> None:
-    budget = state.settings.kv_budget_tokens
-    if state.num_tokens % state.settings.segment_length == 0 and state.num_slots > budget:
-        state.evict(policy.keep(state, budget))
+    def _evict_at_boundary(self, state: MemoryState, policy: EvictionPolicy) -> None:
+        budget = state.settings.kv_budget_tokens
+        if state.num_tokens % state.settings.segment_length or state.num_slots <= budget:
+            return
+        # Of a budget of 0 there is nothing to choose.
+        kept_LHS = (
+            policy.keep(state, budget) if budget else torch.empty(*state.positions.shape[:2], 0, dtype=torch.int64)
+        )
+        if self._compressive_memory is not None:
+            self._compressive_memory.write(state, kept_LHS)
+        state.evict(kept_LHS)

@@ -1,10 +1,11 @@
-"""The memory state of a stream: the window of cached tokens, in fixed slabs.
+"""The memory state of a stream: the window of cached tokens, in fixed slabs, and a matrix a head of what has left it.
 
 Shape suffixes: L KV source layer, H KV head, G query head of its group, S slot, D head dim, T new token, B byte.
 Slots of a head are in ascending order of position. Keys are kept before rotary positions: a slot's rotation depends on
 its place among the slots that are left, which changes with every eviction.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -23,7 +24,8 @@ class MemorySettings:
     """What a stream fixes about its memory for life."""
 
     kv_budget_tokens: int = 1024
-    """Most slots a head keeps between segments, sinks included."""
+    """Most slots a head keeps between segments, sinks included. 0, with no sinks, carries no window from one segment to
+    the next, as Infini-attention's paper does: only a decoder with a compressive memory remembers anything then."""
     segment_length: int = 512
     """Tokens per pass; segments are cut only at multiples of it from the stream's start."""
     num_sink_tokens: int = 4
@@ -36,7 +38,9 @@ class MemorySettings:
     def __post_init__(self) -> None:
         if self.segment_length < 1:
             raise ValueError(f"segment_length={self.segment_length} is below 1")
-        if not 0 <= self.num_sink_tokens < self.kv_budget_tokens:
+        if self.kv_budget_tokens < 0:
+            raise ValueError(f"kv_budget_tokens={self.kv_budget_tokens} is below 0")
+        if not 0 <= self.num_sink_tokens < max(1, self.kv_budget_tokens):
             raise ValueError(f"{self.num_sink_tokens=} must be from 0 to below {self.kv_budget_tokens=}")
         if self.positions not in ("original", "compact"):
             raise ValueError(f"positions={self.positions!r} is neither original nor compact")
@@ -61,6 +65,9 @@ class MemoryState:
         num_rotated: Slots of `rotated_keys` that are up to date.
         statistics_name: Layout of `statistics`; empty if there are none.
         statistics: [L, H, capacity, B] uint8, what the eviction policy remembers of each slot, or None.
+        memory: [L, H, D, D] float32, the compressive memory's M: a sum over every token that has left the window; None
+            if the decoder has none. Zero until the first eviction.
+        normalizer: [L, H, D] float32, its z.
     """
 
     def __init__(
@@ -70,6 +77,8 @@ class MemoryState:
         kv_dtype: torch.dtype,
         statistics: Statistics | None = None,
     ) -> None:
+        if settings.kv_budget_tokens == 0 and config.compressive_memory is None:
+            raise ValueError(f"with kv_budget_tokens=0 {config.name} would remember nothing")
         heads = (config.num_kv_layers, config.num_kv_heads)
         slab = (*heads, settings.capacity, config.head_dim)
         self.settings = settings
@@ -84,6 +93,11 @@ class MemoryState:
         self.statistics_name = ""
         self.statistics: torch.Tensor | None = None
         self.use_statistics(statistics)
+        self.memory: torch.Tensor | None = None
+        self.normalizer: torch.Tensor | None = None
+        if config.compressive_memory is not None:
+            self.memory = torch.zeros(*heads, config.head_dim, config.head_dim)
+            self.normalizer = torch.zeros(*heads, config.head_dim)
 
     def use_statistics(self, statistics: Statistics | None) -> None:
         """Have the statistics that a policy needs; if those there are others, they start from zero."""
@@ -138,24 +152,29 @@ class MemoryState:
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of the canonical state once the budget is full: keys, values, positions, token ids, statistics.
+        """Bytes of the canonical state once the budget is full: keys, values, positions, token ids, statistics, M, z.
 
-        2 L H D C itemsize + (8 + B) L H C for a budget of C slots.
+        2 L H D C itemsize + (8 + B) L H C for a budget of C slots; with a compressive memory 4 L H (D^2 + D) more.
         """
         num_layers, num_heads, _, head_dim = self.keys.shape
         slot_bytes = 2 * head_dim * self.keys.element_size() + 8
         if self.statistics is not None:
             slot_bytes += self.statistics.shape[-1]
-        return num_layers * num_heads * self.settings.kv_budget_tokens * slot_bytes
+        return num_layers * num_heads * self.settings.kv_budget_tokens * slot_bytes + _num_bytes(self.compressed)
 
     @property
     def resident_bytes(self) -> int:
         """Bytes that this state holds in memory, the derived copy included."""
-        return sum(slab.numel() * slab.element_size() for slab in (*self._slabs, self.rotated_keys))
+        return _num_bytes((*self._slabs, self.rotated_keys, *self.compressed))
+
+    @property
+    def compressed(self) -> tuple[torch.Tensor, ...]:
+        """M and z; nothing if the decoder has no compressive memory."""
+        return () if self.memory is None or self.normalizer is None else (self.memory, self.normalizer)
 
     @property
     def _slabs(self) -> tuple[torch.Tensor, ...]:
-        """All that is not derived."""
+        """All slots that are not derived."""
         slabs = (self.keys, self.values, self.positions, self.token_ids)
         return slabs if self.statistics is None else (*slabs, self.statistics)
 
@@ -220,6 +239,13 @@ class MemoryState:
             self.rotated_keys[layer, :, pending] = rotate(keys, cos, sin, out=torch.empty_like(keys))
         self.num_rotated = self.num_slots
 
+    def leaving(self, kept_LHS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of the slots that `evict` would drop, [L, H, n, D] each, in ascending order of position."""
+        is_leaving = torch.ones(self.positions_LHS.shape, dtype=torch.bool).scatter_(2, kept_LHS, False)
+        slots = is_leaving.nonzero()[:, 2].view(*is_leaving.shape[:2], -1, 1)
+        slots = slots.expand(*slots.shape[:3], self.keys.shape[3])
+        return self.keys_LHSD.gather(2, slots), self.values_LHSD.gather(2, slots)
+
     def evict(self, kept_LHS: torch.Tensor) -> None:
         """Leave only the slots of these indices, int64 [L, H, num_kept], ascending."""
         compact(self._slabs, kept_LHS)
@@ -238,4 +264,10 @@ class MemoryState:
             num_live = self.num_rotated if name == "rotated_keys" else self.num_slots
             copied[:, :, :num_live] = slab[:, :, :num_live]
             setattr(other, name, copied)
+        if self.memory is not None and self.normalizer is not None:
+            other.memory, other.normalizer = self.memory.clone(), self.normalizer.clone()
         return other
+
+
+def _num_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

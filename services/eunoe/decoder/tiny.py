@@ -3,13 +3,15 @@
 from pathlib import Path
 
 from eunoe.decoder.checkpoint import save_weights
-from eunoe.decoder.config import DecoderConfig
+from eunoe.decoder.config import CompressiveMemoryConfig, DecoderConfig
 from eunoe.decoder.tokenizer import Tokenizer, write_tiny_tokenizer
 from eunoe.decoder.weights import random_weights
 
 
-def tiny_config(*, vocab_size: int = 512, num_layers: int = 2) -> DecoderConfig:
-    """A Llama of some 100,000 weights."""
+def tiny_config(
+    *, vocab_size: int = 512, num_layers: int = 2, compressive_memory: CompressiveMemoryConfig | None = None
+) -> DecoderConfig:
+    """A Llama of some 100,000 weights, or one with a compressive memory."""
     return DecoderConfig(
         name="tiny",
         vocab_size=vocab_size,
@@ -21,13 +23,22 @@ def tiny_config(*, vocab_size: int = 512, num_layers: int = 2) -> DecoderConfig:
         ffn_dim=128,
         ties_embeddings=True,
         max_positions=512,
+        compressive_memory=compressive_memory,
     )
 
 
-def write_tiny_model(directory: Path | str, *, seed: int = 0, num_layers: int = 2) -> None:
+def write_tiny_model(
+    directory: Path | str,
+    *,
+    seed: int = 0,
+    num_layers: int = 2,
+    compressive_memory: CompressiveMemoryConfig | None = None,
+) -> None:
     """Write a model directory with seeded random weights and a small byte-level tokenizer."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     write_tiny_tokenizer(directory)
-    config = tiny_config(vocab_size=Tokenizer.load(directory).vocab_size, num_layers=num_layers)
+    config = tiny_config(
+        vocab_size=Tokenizer.load(directory).vocab_size, num_layers=num_layers, compressive_memory=compressive_memory
+    )
     save_weights(directory, config, random_weights(config, seed))

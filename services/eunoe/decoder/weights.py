@@ -29,6 +29,18 @@ class LayerWeights:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class MemoryGates:
+    """One layer's gates of its compressive memory, float32 whatever the other weights are."""
+
+    mixing: torch.Tensor
+    """[num_query_heads]: sigmoid of it is the share that a query head takes from the memory."""
+    write_weight: torch.Tensor
+    """[num_kv_heads, head_dim]; without a write gate [num_kv_heads, 0]."""
+    write_bias: torch.Tensor
+    """[num_kv_heads]: sigmoid of key . weight + bias is how much of a token is written; without a write gate [0]."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Weights:
     """A whole decoder."""
 
@@ -39,6 +51,8 @@ class Weights:
     """[dim]"""
     output: torch.Tensor
     """[vocab_size, dim]; the same tensor as `embedding` where the embeddings are tied."""
+    memory_gates: tuple[MemoryGates, ...] = ()
+    """One a layer where the decoder has a compressive memory."""
 
     def to(self, dtype: torch.dtype) -> "Weights":
         """These weights in another dtype; a tied output stays tied, and equal dtypes share memory."""
@@ -51,6 +65,7 @@ class Weights:
             ),
             output_norm=self.output_norm.to(dtype),
             output=embedding if self.output is self.embedding else self.output.to(dtype),
+            memory_gates=self.memory_gates,
         )
 
     def tensors(self) -> Iterator[torch.Tensor]:
@@ -61,11 +76,16 @@ class Weights:
         yield self.output_norm
         if self.output is not self.embedding:
             yield self.output
+        for gates in self.memory_gates:
+            yield from (getattr(gates, f.name) for f in fields(MemoryGates))
 
 
 def weights_digest(config: DecoderConfig, weights: Weights) -> str:
     """Hex XXH3-128 of the shape and of every weight's bits: equal digests fold the same function."""
     shape = {f.name: getattr(config, f.name) for f in fields(DecoderConfig) if f.name != "name"}
+    if config.compressive_memory is None:
+        # A plain Llama has the digest that it had before there were others.
+        del shape["compressive_memory"]
     hasher = xxhash.xxh3_128(repr(sorted(shape.items())).encode())
     for tensor in weights.tensors():
         hasher.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
@@ -101,4 +121,20 @@ def random_weights(config: DecoderConfig, seed: int) -> Weights:
         ),
         output_norm=norm(),
         output=embedding if config.ties_embeddings else matrix(config.vocab_size, config.dim),
+        memory_gates=_random_gates(config, generator),
+    )
+
+
+def _random_gates(config: DecoderConfig, generator: torch.Generator) -> tuple[MemoryGates, ...]:
+    memory = config.compressive_memory
+    if memory is None:
+        return ()
+    num_heads, num_dims = config.num_kv_heads, config.head_dim if memory.has_write_gate else 0
+    return tuple(
+        MemoryGates(
+            mixing=torch.randn(config.num_query_heads, generator=generator),
+            write_weight=torch.randn(num_heads, num_dims, generator=generator),
+            write_bias=torch.randn(num_heads if memory.has_write_gate else 0, generator=generator),
+        )
+        for _ in range(config.num_layers)
     )

@@ -1,18 +1,19 @@
 import hashlib
 import struct
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
 import pytest
 import torch
 
-from eunoe.decoder.config import Dtypes
+from eunoe.decoder.config import CompressiveMemoryConfig, DecoderConfig, Dtypes
 from eunoe.decoder.decoder import Decoder
 from eunoe.decoder.memory_state import MemorySettings, MemoryState
 from eunoe.decoder.state_codec import CHUNK_BYTES, VERSIONS, decode, encode, state_digest, version
 from eunoe.decoder.tiny import tiny_config
-from eunoe.eviction import DEFAULT_POLICY, HeavyHitter
+from eunoe.eviction import DEFAULT_POLICY, EvictionPolicy, HeavyHitter
 from eunoe.runtime.errors import CorruptState, UnknownVersion
 
 SETTINGS = MemorySettings(kv_budget_tokens=48, segment_length=16)
@@ -20,6 +21,7 @@ DTYPES = Dtypes(weights=torch.bfloat16, kv=torch.bfloat16, compute=torch.float32
 
 
 GOLDEN_CONFIG = tiny_config(num_layers=1)
+COMPRESSIVE_CONFIG = tiny_config(compressive_memory=CompressiveMemoryConfig(has_write_gate=True))
 
 
 @pytest.fixture(scope="module")
@@ -139,9 +141,26 @@ def test_version_1_reads_and_is_written_as_ever(
     assert state_digest(restored, 7, 1) == digest
 
 
-def a_known_state(settings: MemorySettings, kv: torch.dtype) -> MemoryState:
+def test_version_3_reads_and_is_written_as_ever(golden: Callable[[str, bytes], bytes]) -> None:
+    config = replace(COMPRESSIVE_CONFIG, num_layers=1, kv_source=())
+    settings = MemorySettings(kv_budget_tokens=4, segment_length=2, num_sink_tokens=1)
+    state = a_known_state(settings, torch.float32, config)
+    for tensor, step in zip(state.compressed, (0.125, 0.5), strict=True):
+        tensor.copy_(torch.arange(tensor.numel()).view(tensor.shape) * step)
+
+    (written,) = encode(state)
+    restored = decode([golden("memory_state_3_float32.bin", written)], config, settings, Dtypes.float32())
+
+    assert version(state) == 3
+    assert encode(restored) == [written]
+    for read_back, tensor in zip(restored.compressed, state.compressed, strict=True):
+        assert torch.equal(read_back, tensor)
+    assert state_digest(restored, 7, 1) == "c1060a7564ea1b1c007cbfbea2bc73bf"
+
+
+def a_known_state(settings: MemorySettings, kv: torch.dtype, config: DecoderConfig = GOLDEN_CONFIG) -> MemoryState:
     """Three slots that no arithmetic was needed for: whole numbers, and quarters up to -47.75."""
-    state = MemoryState(GOLDEN_CONFIG, settings, kv)
+    state = MemoryState(config, settings, kv)
     state.num_tokens, state.num_slots = 6, 3
     numbers = torch.arange(state.keys_LHSD.numel()).view(state.keys_LHSD.shape)
     state.keys_LHSD.copy_(numbers)
@@ -196,8 +215,37 @@ def test_statistics_are_part_of_the_state(decoder: Decoder) -> None:
     assert state_digest(state, 0, 0) != state_digest(restored, 0, 0)
 
 
-def test_every_flipped_byte_of_a_state_with_statistics_is_found(decoder: Decoder) -> None:
-    policy = HeavyHitter()
+@pytest.mark.parametrize("policy", [DEFAULT_POLICY, HeavyHitter()], ids=["no statistics", "statistics"])
+def test_a_compressive_memory_is_part_of_the_state(policy: EvictionPolicy) -> None:
+    compressive = Decoder.random(COMPRESSIVE_CONFIG, seed=0, dtypes=DTYPES)
+    state = compressive.new_state(SETTINGS, policy)
+    compressive.prefill(state, np.random.default_rng(0).integers(0, 512, 100), policy)
+
+    restored = read(compressive, encode(state))
+
+    assert version(state) == 3
+    assert encode(restored) == encode(state)
+    assert restored.normalizer is not None
+    assert (restored.normalizer > 0).all()
+    for each in (state, restored):
+        compressive.prefill(each, np.arange(60), policy)
+    assert state_digest(restored, 0, 0) == state_digest(state, 0, 0)
+    restored.normalizer[1, 0, 3] += 1
+    assert state_digest(restored, 0, 0) != state_digest(state, 0, 0)
+
+
+def test_a_state_with_a_compressive_memory_is_none_of_a_plain_llama(decoder: Decoder) -> None:
+    compressive = Decoder.random(COMPRESSIVE_CONFIG, seed=0, dtypes=DTYPES)
+
+    with pytest.raises(CorruptState, match="version 3"):
+        read(decoder, encode(a_state(compressive, 5)))
+    with pytest.raises(CorruptState, match="version 1"):
+        read(compressive, encode(a_state(decoder, 5)))
+
+
+@pytest.mark.parametrize("config", [tiny_config(), COMPRESSIVE_CONFIG], ids=["plain", "compressive"])
+def test_every_flipped_byte_of_a_state_with_statistics_is_found(config: DecoderConfig) -> None:
+    decoder, policy = Decoder.random(config, seed=0, dtypes=DTYPES), HeavyHitter()
     state = decoder.new_state(SETTINGS, policy)
     decoder.prefill(state, range(5), policy)
     (chunk,) = encode(state)
