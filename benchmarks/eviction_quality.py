@@ -24,7 +24,7 @@ from _report import Report, arguments
 from matplotlib.figure import Figure
 
 from eunoe.decoder.decoder import Decoder
-from eunoe.decoder.tokenizer import Tokenizer
+from eunoe.decoder.tokenizer import Tokenizer, load_tokenizer
 from eunoe.embedded.models import DEFAULT_MODEL, resolve_model
 from eunoe.eviction import POLICIES, EvictionPolicy, Namm
 from eunoe.training.bootstrap import difference_interval, mean_interval
@@ -75,7 +75,7 @@ def main() -> None:
     options = parsed_options()
     report = Report("eviction_quality", as_json=options.json)
     _, directory = resolve_model(DEFAULT_MODEL, on_step=report.say)
-    tokenizer, decoder = Tokenizer.load(directory), Decoder.load(directory, num_threads=options.threads)
+    tokenizer, decoder = load_tokenizer(directory), Decoder.load(directory, num_threads=options.threads)
     suffix = f", {options.positions}, {decoder.model_digest[:12]}"
     full = Contender("full cache", f"full-cache{suffix}")
     policies: dict[str, EvictionPolicy] = {path.stem: Namm.load(path) for path in options.policy}

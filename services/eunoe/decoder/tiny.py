@@ -4,7 +4,7 @@ from pathlib import Path
 
 from eunoe.decoder.checkpoint import save_weights
 from eunoe.decoder.config import CompressiveMemoryConfig, DecoderConfig
-from eunoe.decoder.tokenizer import Tokenizer, write_tiny_tokenizer
+from eunoe.decoder.tokenizer import load_tokenizer, write_tiny_tokenizer
 from eunoe.decoder.weights import random_weights
 
 
@@ -39,6 +39,6 @@ def write_tiny_model(
     directory.mkdir(parents=True, exist_ok=True)
     write_tiny_tokenizer(directory)
     config = tiny_config(
-        vocab_size=Tokenizer.load(directory).vocab_size, num_layers=num_layers, compressive_memory=compressive_memory
+        vocab_size=load_tokenizer(directory).vocab_size, num_layers=num_layers, compressive_memory=compressive_memory
     )
     save_weights(directory, config, random_weights(config, seed))

@@ -16,7 +16,7 @@ from eunoe.clients.eviction_sidecar import EvictionSidecarClient
 from eunoe.clients.state_store import StateStoreClient
 from eunoe.decoder.decoder import Decoder
 from eunoe.decoder.memory_state import MemorySettings
-from eunoe.decoder.tokenizer import Tokenizer
+from eunoe.decoder.tokenizer import load_tokenizer
 from eunoe.eviction.policy_files import PolicyFiles
 from eunoe.internal.v1 import model_worker_pb2, model_worker_pb2_grpc
 from eunoe.internal.v1 import state_store_pb2 as pb
@@ -95,7 +95,7 @@ class ModelWorker:
         policies = await asyncio.to_thread(PolicyFiles, config.policies_dir)
         policy = policies.named(config.policy)
         decoder = await self._engine.start()
-        tokenizer = await asyncio.to_thread(Tokenizer.load, config.model_path)
+        tokenizer = await asyncio.to_thread(load_tokenizer, config.model_path)
         self.parts = WorkerParts(
             config=config,
             store=store,
