@@ -9,7 +9,7 @@ import torch
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from eunoe.decoder.checkpoint import convert_gguf, load_config, load_weights, save_weights
+from eunoe.decoder.checkpoint import convert_gguf, load_config, load_stream_defaults, load_weights, save_weights
 from eunoe.decoder.config import DecoderConfig, Dtypes, RopeConfig
 from eunoe.decoder.decoder import Decoder
 from eunoe.decoder.memory_state import MemorySettings
@@ -159,6 +159,40 @@ def test_a_directory_without_a_model_is_refused(tmp_path: Path) -> None:
 def test_models_that_we_do_not_run_are_refused(change: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"support|family|multiple"):
         DecoderConfig.from_hf(tiny_config().to_hf() | change)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, (256, 512, 4)),
+        ({"segment_length": 128}, (256, 128, 4)),
+        ({"kv_budget_tokens": 128, "segment_length": 64, "num_sink_tokens": 0}, (128, 64, 0)),
+    ],
+)
+def test_a_model_may_say_what_its_streams_have(
+    tmp_path: Path, given: dict[str, int], expected: tuple[int, int, int]
+) -> None:
+    config = {"model_type": "llama", **SHAPE} | ({"stream_defaults": given} if given else {})
+    (tmp_path / "config.json").write_text(json.dumps(config))
+
+    found = load_stream_defaults(tmp_path)
+
+    assert (found.kv_budget_tokens, found.segment_length, found.num_sink_tokens) == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"retain_log": 1}, "retain_log, which is no setting"),
+        ({"segment_length": 16.0}, "other values than integers"),
+        ({"num_sink_tokens": 256}, "num_sink_tokens=256"),
+    ],
+)
+def test_stream_defaults_that_are_none_are_refused(tmp_path: Path, given: dict[str, Any], message: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **SHAPE, "stream_defaults": given}))
+
+    with pytest.raises(ValueError, match=message):
+        load_stream_defaults(tmp_path)
 
 
 def test_configs_of_older_transformers_are_read() -> None:
