@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from eunoe.decoder.config import DecoderConfig, RopeConfig
+from eunoe.decoder.config import DecoderConfig, Dtypes, RopeConfig
 from eunoe.decoder.memory_state import MemorySettings
 from eunoe.decoder.tokenizer import tokenizer_files_from_gguf
 from eunoe.decoder.weights import LayerWeights, MemoryGates, Weights
@@ -52,6 +52,15 @@ def load_config(directory: Path | str) -> DecoderConfig:
         ValueError: If there is no config.json, or it describes a model that we do not run.
     """
     return DecoderConfig.from_hf(_config_json(directory))
+
+
+def load_dtypes(directory: Path | str) -> Dtypes:
+    """What the model of a Hugging Face directory is bound to on this machine.
+
+    Raises:
+        ValueError: If there is no config.json, or it names a dtype that we do not run.
+    """
+    return Dtypes.from_hf(_config_json(directory))
 
 
 def load_stream_defaults(directory: Path | str) -> MemorySettings:

@@ -303,6 +303,8 @@ async def test_the_directory_has_the_models_own_defaults(platform: Any, tmp_path
     settings = listed.model.default_settings
     assert (settings.kv_budget_tokens, settings.segment_length, settings.num_sink_tokens) == (16, 16, 0)
     assert settings.HasField("num_sink_tokens")
+    # Its slots are float32, by its binding.
+    assert listed.model.state_bytes_per_budget_token == 2 * 2 * (2 * 16 * 4 + 8)
     # Memory and normalizer of 2 layers and 2 heads of 16 come on top, whatever the budget.
     num_compressed_bytes = 2 * 2 * (16 * 16 + 16) * 4
     assert listed.model.default_state_bytes == 16 * listed.model.state_bytes_per_budget_token + num_compressed_bytes

@@ -9,7 +9,14 @@ import torch
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from eunoe.decoder.checkpoint import convert_gguf, load_config, load_stream_defaults, load_weights, save_weights
+from eunoe.decoder.checkpoint import (
+    convert_gguf,
+    load_config,
+    load_dtypes,
+    load_stream_defaults,
+    load_weights,
+    save_weights,
+)
 from eunoe.decoder.config import DecoderConfig, Dtypes, RopeConfig
 from eunoe.decoder.decoder import Decoder
 from eunoe.decoder.memory_state import MemorySettings
@@ -159,6 +166,36 @@ def test_a_directory_without_a_model_is_refused(tmp_path: Path) -> None:
 def test_models_that_we_do_not_run_are_refused(change: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"support|family|multiple"):
         DecoderConfig.from_hf(tiny_config().to_hf() | change)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "torch_dtype", "expected"),
+    [
+        ("eunoe", "float32", torch.float32),
+        ("eunoe", "bfloat16", torch.bfloat16),
+        ("llama", "float32", torch.bfloat16),
+        ("llama", "float16", torch.bfloat16),
+    ],
+)
+def test_a_model_of_our_own_is_bound_to_what_its_file_says(
+    tmp_path: Path, model_type: str, torch_dtype: str, expected: torch.dtype
+) -> None:
+    write_tiny_model(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(written | {"model_type": model_type, "torch_dtype": torch_dtype}))
+
+    decoder = Decoder.load(tmp_path)
+
+    assert decoder.dtypes.weights == decoder.dtypes.kv == expected
+    assert expected == torch.bfloat16 or decoder.dtypes == Dtypes.float32()
+    assert decoder.new_state(MemorySettings()).keys.dtype == expected
+
+
+def test_a_dtype_that_we_do_not_run_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "eunoe", **SHAPE, "torch_dtype": "float16"}))
+
+    with pytest.raises(ValueError, match="torch_dtype='float16'"):
+        load_dtypes(tmp_path)
 
 
 @pytest.mark.parametrize(
