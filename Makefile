@@ -24,7 +24,7 @@ help: ## Show this list
 install: $(READY) ## Make .venv with everything in it (the first time: some minutes)
 
 .PHONY: demo
-demo: $(READY) ## Stream the end of a book into a bounded memory and ask about it; stops all it started
+demo: $(READY) ## Ask a bounded memory about the end of a book, then for a key hidden at the start of a long text
 	$(BIN)/eunoe demo
 
 .PHONY: demo-book

@@ -1,15 +1,17 @@
-"""`eunoe demo`: a book into a bounded memory, two questions, and the figures."""
+"""`eunoe demo`: a book into a bounded memory and three questions; a key that has long left the window; the figures."""
 
+import contextlib
 import gzip
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import eunoe
 from eunoe.cli.ingest import AppendBar
+from eunoe.cli.local import DEFAULT_MODEL, NANO_MODEL
 from eunoe.cli.output import megabytes, note
 
 if TYPE_CHECKING:
@@ -25,6 +27,8 @@ _MOST_CHARACTERS = 8 * NUM_TOKENS
 _PATIENCE_SECONDS, _SHORTENED_SECONDS = 30.0, 20.0
 
 _BOUNDED, _FULL = "bounded", "full-cache"
+NUM_PASSKEY_BYTES, NUM_PROBE_BYTES = 200_000, 20_000
+
 _NOTE = "The pass key is 74031. Remember it. 74031 is the pass key.\n"
 
 
@@ -56,35 +60,102 @@ _QUESTIONS = (
 )
 
 
-def run_demo(*, is_whole_book: bool, file: Path | None, say: Callable[[str], None]) -> dict[str, Any]:
-    """Run all of it on a platform of its own, which is gone afterwards; returns the figures.
+def run_demo(*, is_whole_book: bool, file: Path | None, only: str | None, say: Callable[[str], None]) -> dict[str, Any]:
+    """Run all of it on platforms of its own, which are gone afterwards; returns the figures.
 
     Args:
         is_whole_book: Stream the whole text instead of its last 40,000 tokens.
         file: A text, perhaps .gz; None takes the King James Bible of the source tree.
+        only: The model whose part is run alone.
         say: Prints a line for people.
     """
-    from eunoe.client import Client
-    from eunoe.embedded.models import resolve_model
-    from eunoe.embedded.platform import Platform
-
     started_at = time.monotonic()
+    figures: dict[str, Any] = {}
+    if only in (None, DEFAULT_MODEL):
+        figures |= _run_book(is_whole_book, file, say)
+    if only in (None, NANO_MODEL):
+        figures["passkey"] = _run_passkey(say)
+    figures["total_seconds"] = round(time.monotonic() - started_at, 1)
+    say(f"\nEverything is stopped, after {figures['total_seconds']:.0f} s in all.")
+    return figures
+
+
+def _run_book(is_whole_book: bool, file: Path | None, say: Callable[[str], None]) -> dict[str, Any]:
+    from eunoe.embedded.models import resolve_model
+
     text = _read(file or Path(eunoe.__path__[0]).parents[1] / "examples" / "kjv.txt.gz")
     if not is_whole_book:
         # Enough for the tokens wanted; from a line's start on, so that they are those of the whole text.
         text = text[text.rfind("\n", 0, -_MOST_CHARACTERS) + 1 :]
-    _, model_path = resolve_model("smollm2-135m-instruct", on_step=note)
+    _, model_path = resolve_model(DEFAULT_MODEL, on_step=note)
     starts = _token_starts(text, model_path)
+    with _client_of(DEFAULT_MODEL, say) as client:
+        return _stream_and_ask(client, text, starts, is_whole_book, say)
+
+
+def _run_passkey(say: Callable[[str], None]) -> dict[str, Any]:
+    with _client_of(NANO_MODEL, say) as client:
+        say(f"\nHow fast is it here? {NUM_PROBE_BYTES:,} bytes first:")
+        _, seconds = _append(client, "probe", passkey_document(NUM_PROBE_BYTES)[0], 0)
+        rate = NUM_PROBE_BYTES / seconds
+        num_bytes = min(NUM_PASSKEY_BYTES, max(2 * NUM_PROBE_BYTES, int(rate * _SHORTENED_SECONDS)))
+        return recall_passkey(client, num_bytes, say)
+
+
+@contextlib.contextmanager
+def _client_of(model: str, say: Callable[[str], None]) -> "Iterator[Client]":
+    from eunoe.client import Client
+    from eunoe.embedded.platform import Platform
+
+    started_at = time.monotonic()
     with (
         tempfile.TemporaryDirectory(prefix="eunoe-demo-") as home,
-        Platform(home=Path(home), on_step=note) as platform,
+        Platform(home=Path(home), model=model, on_step=note) as platform,
         Client(platform.address) as client,
     ):
-        say(f"The platform is up after {time.monotonic() - started_at:.1f} s: {platform.model}, one worker.")
-        figures = _stream_and_ask(client, text, starts, is_whole_book, say)
-    figures["total_seconds"] = round(time.monotonic() - started_at, 1)
-    say(f"Everything is stopped, after {figures['total_seconds']:.0f} s in all.")
-    return figures
+        say(f"\nThe platform is up after {time.monotonic() - started_at:.1f} s: {platform.model}, one worker.")
+        yield client
+
+
+def passkey_document(num_bytes: int) -> tuple[str, str, str]:
+    """Filler that says a key of five digits at its start, in all with the question so many bytes; question; answer."""
+    import numpy as np
+
+    from eunoe.training.decoder.passkey import question
+    from eunoe.training.decoder.passkey_evaluation import passkey_case
+
+    case = passkey_case(num_bytes, depth=0.0, generator=np.random.default_rng())
+    return case.prompt.decode().removesuffix(question()), question(), case.answer.decode()
+
+
+def recall_passkey(client: "Client", num_bytes: int, say: Callable[[str], None]) -> dict[str, Any]:
+    """Stream such a document into the stream "passkey", ask for the key, and say how it went; returns the figures."""
+    text, question, expected = passkey_document(num_bytes)
+    num_after = len(text) - text.rindex(expected.strip(" ."))
+    say(f"\n{len(text):,} bytes that say a key at their start, and then never again:\n\n  {text[:280]}...\n")
+    stream, seconds = _append(client, "passkey", text, 0)
+    answer = client.generate("passkey", question, max_tokens=len(expected)).finish().text
+    (model,) = client.list_models()
+    full_cache_bytes = len(text) * model.full_cache_bytes_per_token
+    window = stream.settings.kv_budget_tokens
+    say(
+        f"  {question} [{answer.strip()}]  (it is {expected.strip(' .')}, last said {num_after:,} bytes ago; the newest"
+        f" {window} are in the window)"
+    )
+    say(
+        f"\n{len(text) / seconds:,.0f} bytes/s. The memory takes {megabytes(stream.state_bytes)}, with all that it has"
+        f" kept of what has left the window; a full KV cache of these bytes takes {megabytes(full_cache_bytes)}"
+        f" ({full_cache_bytes / stream.state_bytes:,.0f} times as much)."
+    )
+    return {
+        "bytes": len(text),
+        "seconds": round(seconds, 2),
+        "bytes_per_second": round(len(text) / seconds, 1),
+        "state_bytes": stream.state_bytes,
+        "full_cache_bytes": full_cache_bytes,
+        "expected": expected.strip(),
+        "answer": answer.strip(),
+    }
 
 
 def _stream_and_ask(

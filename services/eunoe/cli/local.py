@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 # Those of eunoe.embedded.models and of eunoe.embedded.platform, which are too heavy to import for --help; a test
 # compares them.
 DEFAULT_MODEL = "smollm2-135m-instruct"
+NANO_MODEL = "eunoe-nano"
 DEFAULT_PORT = 8400
 
 _MEBIBYTE = 1024 * 1024
@@ -28,7 +29,9 @@ def up(
         ),
     ] = DEFAULT_MODEL,
     workers: Annotated[int, typer.Option(min=1, help="Model workers.")] = 1,
-    threads: Annotated[int, typer.Option(min=1, help="Threads of each worker.")] = 2,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Threads of each worker. Default: 2, of eunoe-nano 1.")
+    ] = None,
     port: Annotated[int, typer.Option(min=0, max=65535, help="The gateway's port; 0 picks a free one.")] = DEFAULT_PORT,
     memory_limit: Annotated[
         int | None, typer.Option(min=1, help="MiB of resident memory states, most of each worker.")
@@ -110,12 +113,20 @@ def status(json_output: JsonOption = False) -> None:
 def demo(
     book: Annotated[bool, typer.Option("--book", help="Stream the whole book, not only its end.")] = False,
     file: Annotated[Path | None, typer.Option(help="Another text; default: the King James Bible in examples/.")] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Only the part of smollm2-135m-instruct (the book), or of eunoe-nano (a key to recall)."),
+    ] = None,
     json_output: JsonOption = False,
 ) -> None:
-    """Read a book into a bounded memory, ask about it, stop all again."""
+    """Read a book into a bounded memory, ask about it; hide a key in filler, ask for it; stop all again."""
     from eunoe.cli.demo import run_demo
 
-    figures = run_demo(is_whole_book=book, file=file, say=note if json_output else print)
+    if model not in (None, DEFAULT_MODEL, NANO_MODEL):
+        raise typer.BadParameter(f"--model is {DEFAULT_MODEL} or {NANO_MODEL}")
+    if model == NANO_MODEL and (book or file is not None):
+        raise typer.BadParameter(f"--book and --file are for {DEFAULT_MODEL}")
+    figures = run_demo(is_whole_book=book, file=file, only=model, say=note if json_output else print)
     if json_output:
         print_json(figures)
 

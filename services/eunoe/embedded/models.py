@@ -91,6 +91,13 @@ def default_policy(model_name: str) -> str:
     return _WHEEL_MODELS[model_name].policy if model_name in _WHEEL_MODELS else SINKS_RECENT
 
 
+def default_threads(model_name: str) -> int:
+    """Threads of a worker. The matrix products of eunoe-nano are too small to share out: a second thread takes more
+    than twice the processor time, for the same speed at best where other work is waiting.
+    """
+    return 1 if model_name == NANO_MODEL else 2
+
+
 def _cache_directory() -> Path:
     if root := os.environ.get("EUNOE_CACHE"):
         return Path(root).expanduser() / "models"

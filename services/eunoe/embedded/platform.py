@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Self
 
 from eunoe.embedded.home import PlatformRecord, default_home, read_record
-from eunoe.embedded.models import DEFAULT_MODEL, default_policy, resolve_model
+from eunoe.embedded.models import DEFAULT_MODEL, default_policy, default_threads, resolve_model
 from eunoe.embedded.processes import (
     ProcessRecord,
     free_ports,
@@ -55,7 +55,7 @@ class Platform:
         home: Where data and logs lie; default is EUNOE_HOME, then ~/.eunoe.
         model: As `resolve_model` takes it.
         workers: Model workers.
-        threads: Threads of each worker.
+        threads: Threads of each worker; None: as many as are of use to the model.
         port: The gateway's; 0 picks a free one.
         memory_limit_bytes: Most bytes of resident memory states of a worker; None leaves the worker's default.
         requires_key: Refuse calls without an API key.
@@ -70,14 +70,14 @@ class Platform:
         home: Path | None = None,
         model: str | Path = DEFAULT_MODEL,
         workers: int = 1,
-        threads: int = 2,
+        threads: int | None = None,
         port: int = 0,
         memory_limit_bytes: int | None = None,
         requires_key: bool = False,
         policy: str | None = None,
         on_step: Callable[[str], None] = lambda step: None,
     ) -> None:
-        if workers < 1 or threads < 1:
+        if workers < 1 or (threads is not None and threads < 1):
             raise ValueError("workers and threads must be at least 1")
         self.home = (home or default_home()).resolve()
         self._model = str(model)
@@ -209,7 +209,7 @@ class Platform:
             temp_dir=temp_dir / "ray",
             ready_file=ray_ready_file,
             num_workers=self._num_workers,
-            num_threads=self._num_threads,
+            num_threads=self._num_threads or default_threads(model_name),
             memory_limit_bytes=self._memory_limit_bytes,
             sidecar_address=sidecar_config.listen_address,
             policies_dir=policies_dir,

@@ -39,6 +39,8 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
         (["keys", "list"], 4, "no platform runs here"),
         (["up", "--model", "nonsense"], 4, "no model"),
         (["up", "--workers", "0"], 2, "--workers"),
+        (["demo", "--model", "nonsense"], 2, "--model"),
+        (["demo", "--model", "eunoe-nano", "--book"], 2, "--book"),
         (["train", "namm"], 2, "--out"),
         (["train", "namm", "--out", "run", "--covariance", "?"], 2, "--covariance"),
         (["train", "namm", "--out", "run", "--model", "nonsense"], 4, "no model"),
@@ -111,7 +113,7 @@ def test_ask_starts_without_anything_heavy() -> None:
 
 
 def test_the_defaults_that_help_shows_are_the_platforms() -> None:
-    assert local.DEFAULT_MODEL == models.DEFAULT_MODEL
+    assert (local.DEFAULT_MODEL, local.NANO_MODEL) == (models.DEFAULT_MODEL, models.NANO_MODEL)
     assert local.DEFAULT_PORT == platform.DEFAULT_PORT
     (option,) = get_type_hints(local.up, include_extras=True)["policy"].__metadata__
     trained, other = models.default_policy(models.DEFAULT_MODEL), models.default_policy("tiny")

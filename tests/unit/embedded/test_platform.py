@@ -76,6 +76,7 @@ def test_a_model_of_the_package_needs_no_fetching_and_its_policy_is_sinks_and_re
 
     assert resolve_model("eunoe-nano") == ("eunoe-nano", tmp_path / "eunoe-nano")
     assert models.default_policy("eunoe-nano") == "sinks-recent/1"
+    assert models.default_threads("eunoe-nano") == 1
 
 
 def test_a_name_of_no_model_is_answered_with_those_that_there_are() -> None:
