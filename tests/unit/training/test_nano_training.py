@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from eunoe.training.decoder.curriculum import Stage
 from eunoe.training.decoder.differentiable import NanoConfig, NanoDecoder, SegmentPlan
-from eunoe.training.decoder.export import export
+from eunoe.training.decoder.export import export, load
 from eunoe.training.decoder.growth import grown
 from eunoe.training.decoder.passkey import ANSWER, COPY, MASKED, PLAIN, PasskeyTask, draw
 from eunoe.training.decoder.passkey_evaluation import PasskeyCase, answers, passkey_case, scores
@@ -153,3 +153,5 @@ def test_an_exported_checkpoint_has_the_names_that_the_decoder_loads(tmp_path: P
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["compressive_memory"] == {"update_rule": "linear", "has_write_gate": True, "uses_gamma": False}
     assert config["stream_defaults"] == {"kv_budget_tokens": 128, "segment_length": 128, "num_sink_tokens": 0}
+    for name, tensor in load(tmp_path).state_dict().items():
+        assert torch.equal(tensor, tensors[f"model.{name}"]), name
