@@ -13,6 +13,7 @@ from eunoe.training.decoder.curriculum import Stage
 from eunoe.training.decoder.differentiable import NanoConfig, NanoDecoder, SegmentPlan
 from eunoe.training.decoder.export import export, load
 from eunoe.training.decoder.growth import grown
+from eunoe.training.decoder.margin import head_margins
 from eunoe.training.decoder.passkey import ANSWER, COPY, MASKED, PLAIN, PasskeyTask, draw
 from eunoe.training.decoder.passkey_evaluation import PasskeyCase, answers, passkey_case, scores
 from eunoe.training.decoder.training import TrainingConfig, train
@@ -134,6 +135,39 @@ def test_streamed_answers_equal_those_of_one_pass(num_bytes: int) -> None:
             with torch.no_grad():
                 assert int(model.logits(model(padded, plan)[0][0, len(text) - 1]).argmax()) == byte
             text.append(byte)
+
+
+def test_prompts_that_share_a_beginning_are_answered_as_if_alone() -> None:
+    model = _model()
+    generator = np.random.default_rng(4)
+    cases = [passkey_case(1200, depth, generator, filler_seed=7) for depth in (0.0, 0.9, 0.5, 0.9, 0.5)]
+    assert answers(model, cases, 64) == [answers(model, [case], 64)[0] for case in cases]
+
+
+def test_window_only_does_not_read_what_left_the_window() -> None:
+    model = _model()
+    # Random weights say nothing of a needle; large values make every read of the memory show.
+    for layer in model.layers:
+        layer.self_attn.memory_gate.data.fill_(4.0)
+    case = passkey_case(1200, 0.0, np.random.default_rng(4))
+    prompt = bytearray(case.prompt)
+    prompt[100:400] = bytes(300)
+    other = PasskeyCase(bytes(prompt), case.answer, 0.0)
+    assert answers(model, [case], 64, "window_only") == answers(model, [other], 64, "window_only")
+
+
+def test_a_margin_is_what_a_write_weight_adds() -> None:
+    model = _model()
+    case = passkey_case(900, 0.5, np.random.default_rng(4))
+    plain = head_margins(model, case, 64)
+    assert len(plain) == 4
+    assert {margin.layer for margin in plain} == {0, 1}
+    assert plain[0].worst_margin < plain[0].margin
+    assert plain[0].share_after(10) > plain[0].share_after(1000)
+    closed = _model()
+    closed.layers[0].self_attn.write_gate.bias.data.fill_(-10.0)
+    # A bias shuts the gate on needle and filler alike.
+    assert head_margins(closed, case, 64)[0].margin == pytest.approx(plain[0].margin, abs=1e-3)
 
 
 def test_scores_count_digits_and_whole_answers() -> None:
