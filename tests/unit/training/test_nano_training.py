@@ -91,6 +91,16 @@ def test_a_resumed_run_equals_an_undisturbed_one(tmp_path: Path) -> None:
     assert [report["step"] for report in curve] == [1, 2, 3, 4, 5, 5, 6]
 
 
+@pytest.mark.parametrize(("share", "is_diluted"), [(0.0, False), (1.0, True)])
+def test_only_a_share_of_samples_is_diluted(share: float, is_diluted: bool) -> None:
+    task = PasskeyTask(length=512, first_gap=(200, 300), gap=(0, 20), questions_bytes=60)
+    stage = Stage(task=task, segment_length=32, bytes_per_step=512, max_steps=1, max_dilution=50.0, diluted_share=share)
+    scale = stage.write_scale(torch.zeros(3, 512, dtype=torch.uint8), np.random.default_rng(0))
+    assert isinstance(scale, torch.Tensor)
+    assert bool((scale > 1).all()) == is_diluted
+    assert bool((scale == 1).all()) != is_diluted
+
+
 def test_a_stage_that_is_learned_ends_early(tmp_path: Path) -> None:
     first = Stage(task=replace(TASK, length=128), segment_length=32, bytes_per_step=128, max_steps=500, min_steps=1,
                   far_accuracy=0.0)  # fmt: skip
@@ -139,8 +149,7 @@ def test_streamed_answers_equal_those_of_one_pass(num_bytes: int) -> None:
 
 def test_prompts_that_share_a_beginning_are_answered_as_if_alone() -> None:
     model = _model()
-    generator = np.random.default_rng(4)
-    cases = [passkey_case(1200, depth, generator, filler_seed=7) for depth in (0.0, 0.9, 0.5, 0.9, 0.5)]
+    cases = [passkey_case(1200, depth, np.random.default_rng(7)) for depth in (0.0, 0.9, 0.5, 0.9, 0.5)]
     assert answers(model, cases, 64) == [answers(model, [case], 64)[0] for case in cases]
 
 
