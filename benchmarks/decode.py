@@ -15,7 +15,7 @@ from _report import Report, arguments, interleaved
 from eunoe.decoder.config import Dtypes
 from eunoe.decoder.decoder import Decoder
 from eunoe.decoder.memory_state import MemorySettings, MemoryState
-from eunoe.decoder.tokenizer import Tokenizer
+from eunoe.decoder.tokenizer import load_tokenizer
 from eunoe.embedded.models import DEFAULT_MODEL, resolve_model
 from eunoe.eviction import DEFAULT_POLICY
 
@@ -68,7 +68,7 @@ def main() -> None:
     num_repeats, num_steps = (3, 8) if options.quick else (9, 16)
 
     text = gzip.decompress(BOOK.read_bytes())[: 8 * NUM_SLOTS].decode()
-    token_ids = Tokenizer.load(directory).encode(text)
+    token_ids = load_tokenizer(directory).encode(text)
     bindings = {"bfloat16": Dtypes.for_this_machine(), "float32": Dtypes.float32()}
     ours = {
         name: Ours.prepared(directory, dtypes, token_ids, 16 if name == "bfloat16" else 1)

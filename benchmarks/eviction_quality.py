@@ -25,7 +25,7 @@ from _quality_results import Key, Results, digest
 from _report import Report, arguments
 
 from eunoe.decoder.decoder import Decoder
-from eunoe.decoder.tokenizer import Tokenizer
+from eunoe.decoder.tokenizer import Tokenizer, load_tokenizer
 from eunoe.embedded.models import DEFAULT_MODEL, resolve_model
 from eunoe.eviction import POLICIES, EvictionPolicy, Namm
 from eunoe.eviction.novelty import NovelSpectrogram
@@ -78,7 +78,7 @@ def main() -> None:
     options = parsed_options()
     report = Report("eviction_quality", as_json=options.json)
     _, directory = resolve_model(DEFAULT_MODEL, on_step=report.say)
-    tokenizer, decoder = Tokenizer.load(directory), Decoder.load(directory, num_threads=options.threads)
+    tokenizer, decoder = load_tokenizer(directory), Decoder.load(directory, num_threads=options.threads)
     suffix = f", {options.positions}, {decoder.model_digest[:12]}"
     full = Contender("full cache", f"full-cache{suffix}")
     namms = {path.stem: Namm.load(path) for path in options.policy}

@@ -22,7 +22,7 @@ from _token_classes import CODE_CLASSES, PROSE_CLASSES, code_classes, prose_clas
 
 from eunoe.decoder.decoder import Decoder
 from eunoe.decoder.memory_state import MemorySettings
-from eunoe.decoder.tokenizer import Tokenizer
+from eunoe.decoder.tokenizer import load_tokenizer
 from eunoe.embedded.models import DEFAULT_MODEL, resolve_model
 from eunoe.eviction import POLICIES, EvictionPolicy, Namm
 
@@ -44,7 +44,7 @@ def main() -> None:
         parser.error(f"--tokens {num_tokens} is no multiple of 2,048")
     report = Report("eviction_token_classes", as_json=options.json)
     _, directory = resolve_model(DEFAULT_MODEL, on_step=report.say)
-    tokenizer = Tokenizer.load(directory)
+    tokenizer = load_tokenizer(directory)
     decoder = Decoder.load(directory, num_threads=options.threads)
     policies: dict[str, EvictionPolicy] = {name.partition("/")[0]: policy for name, policy in POLICIES.items()}
     policies |= {path.stem: Namm.load(path) for path in options.policy}

@@ -23,7 +23,7 @@ from eunoe.client import AppendProgress, Client
 from eunoe.decoder.config import Dtypes
 from eunoe.decoder.decoder import Decoder
 from eunoe.decoder.memory_state import MemorySettings
-from eunoe.decoder.tokenizer import Tokenizer
+from eunoe.decoder.tokenizer import Tokenizer, load_tokenizer
 from eunoe.embedded.models import DEFAULT_MODEL, resolve_model
 from eunoe.embedded.platform import Platform
 from eunoe.eviction import DEFAULT_POLICY
@@ -47,7 +47,7 @@ def main() -> None:
     if not has_amx():
         report.say("  no AMX here: the prefill goals do not apply, both dtypes are shown")
     _, directory = resolve_model(DEFAULT_MODEL, on_step=report.say)
-    tokenizer = Tokenizer.load(directory)
+    tokenizer = load_tokenizer(directory)
     book = gzip.decompress(BOOK.read_bytes())
     decoder = Decoder.load(directory, num_threads=options.threads)
 

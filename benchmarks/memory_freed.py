@@ -18,7 +18,7 @@ from eunoe.client import Client, StreamSettings
 from eunoe.decoder.checkpoint import load_config
 from eunoe.decoder.config import Dtypes
 from eunoe.decoder.memory_state import MemorySettings, MemoryState
-from eunoe.decoder.tokenizer import Tokenizer
+from eunoe.decoder.tokenizer import Tokenizer, load_tokenizer
 from eunoe.embedded.models import DEFAULT_MODEL, resolve_model
 from eunoe.embedded.platform import Platform
 from eunoe.eviction import POLICIES, EvictionPolicy, Namm
@@ -44,7 +44,7 @@ def main() -> None:
     report = Report("memory_freed", as_json=options.json)
     _, directory = resolve_model(DEFAULT_MODEL, on_step=report.say)
 
-    text = a_text(Tokenizer.load(directory), num_tokens)
+    text = a_text(load_tokenizer(directory), num_tokens)
     full_rss, bounded_rss = (
         resident_bytes(report, directory, options.threads, settings, options.streams, text)
         for settings in (full, bounded)

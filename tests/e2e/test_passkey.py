@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from eunoe.client import Client, StreamSettings
-from eunoe.decoder.tokenizer import Tokenizer
+from eunoe.decoder.tokenizer import Tokenizer, load_tokenizer
 from eunoe.embedded.platform import Platform
 
 BOOK = Path(__file__).parents[2] / "examples" / "kjv.txt.gz"
@@ -32,7 +32,7 @@ pytestmark = [pytest.mark.model, pytest.mark.timeout(1200)]
 
 @pytest.fixture(scope="module")
 def tokenizer(smollm2_directory: Path) -> Tokenizer:
-    return Tokenizer.load(smollm2_directory)
+    return load_tokenizer(smollm2_directory)
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from eunoe.api.v1 import long_context_pb2 as api
 from eunoe.clients.model_worker import ModelWorkerClient
 from eunoe.clients.state_store import StateStoreClient
 from eunoe.decoder.decoder import Decoder
-from eunoe.decoder.tokenizer import Tokenizer
+from eunoe.decoder.tokenizer import Tokenizer, load_tokenizer
 from eunoe.eviction import DEFAULT_POLICY
 from eunoe.gateway.follower import Follower
 from eunoe.gateway.placement import Placement
@@ -265,7 +265,7 @@ def random_text(randomness: random.Random, num_bytes: int) -> bytes:
 
 def load_model(model_path: Path) -> tuple[Decoder, Tokenizer]:
     """The model as the workers of a site have it."""
-    return Decoder.load(model_path, num_threads=1), Tokenizer.load(model_path)
+    return Decoder.load(model_path, num_threads=1), load_tokenizer(model_path)
 
 
 def _merged(log: list[pb.ReadLogResponse], *, merges_ids: bool = True) -> list[tuple[int, bytes]]:

@@ -12,7 +12,7 @@ from eunoe.decoder import state_codec
 from eunoe.decoder.decoder import Decoder
 from eunoe.decoder.memory_state import MemorySettings
 from eunoe.decoder.tiny import write_tiny_model
-from eunoe.decoder.tokenizer import Tokenizer
+from eunoe.decoder.tokenizer import Tokenizer, load_tokenizer
 from eunoe.eviction import DEFAULT_POLICY
 from eunoe.internal.v1 import state_store_pb2 as pb
 from eunoe.model_worker.fold import Snapshot, StreamFold
@@ -26,7 +26,7 @@ def flushed_folds(num_lives: int, seed: int) -> str:
     """Fold logs undisturbed and disturbed until they differ; returns how, or "" if they never do."""
     with tempfile.TemporaryDirectory(prefix="eunoe-folds-") as directory:
         write_tiny_model(Path(directory))
-        folds = _Folds(Decoder.load(Path(directory), num_threads=1), Tokenizer.load(Path(directory)))
+        folds = _Folds(Decoder.load(Path(directory), num_threads=1), load_tokenizer(Path(directory)))
     for number in range(num_lives):
         chance = random.Random(seed + number)
         text = chance.randbytes(_NUM_BYTES // 2).hex().encode()

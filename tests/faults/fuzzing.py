@@ -92,7 +92,7 @@ def state_target() -> tuple[Target, list[bytes]]:
 def record_target() -> tuple[Target, list[bytes]]:
     """Records of any bytes, cut anywhere: tokens depend on the bytes alone, and what is refused changes nothing."""
     from eunoe.decoder.log_tokenizer import LogTokenizer
-    from eunoe.decoder.tokenizer import Tokenizer, write_tiny_tokenizer
+    from eunoe.decoder.tokenizer import load_tokenizer, write_tiny_tokenizer
     from eunoe.gateway.append import check_token_ids
     from eunoe.runtime.errors import EunoeError
     from eunoe.state_store import log_rules
@@ -100,7 +100,7 @@ def record_target() -> tuple[Target, list[bytes]]:
 
     with tempfile.TemporaryDirectory() as directory:
         write_tiny_tokenizer(Path(directory))
-        tokenizer = Tokenizer.load(directory)
+        tokenizer = load_tokenizer(directory)
     stream = StreamMetadata(
         name="tenants/t/streams/a", uid="u", model="m", settings=Settings(64, 16, 4, 2, False), create_time_ns=0
     )

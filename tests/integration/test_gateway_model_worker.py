@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from eunoe.api.v1 import long_context_pb2 as api
-from eunoe.decoder.tiny import write_tiny_model
+from eunoe.decoder.tiny import write_tiny_byte_model, write_tiny_model
 from eunoe.model_worker.config import WorkerConfig
 from eunoe.model_worker.worker import ModelWorker
 
@@ -94,6 +94,37 @@ async def verified(stub: Any, name: str) -> api.VerifySummary:
     *_, last = [r async for r in stub.VerifyStream(api.VerifyStreamRequest(name=name))]
     summary: api.VerifySummary = last.summary
     return summary
+
+
+async def test_a_stream_of_a_byte_model_takes_the_models_settings_and_reads_characters_cut_between_records(
+    stub: Any, workers: list[ModelWorker], append_to: Any, tmp_path: Path
+) -> None:
+    write_tiny_byte_model(tmp_path)
+    model = f"{workers[0].config.model_name}-bytes"
+    workers.append(
+        ModelWorker(
+            dataclasses.replace(workers[0].config, model_name=model, model_path=tmp_path), on_engine_death=lambda: None
+        )
+    )
+    await workers[-1].start()
+    data = "Süß, 雨 \U0001f600. ".encode() * 20
+    streams = []
+    for num_bytes in (len(data), 1):
+        name = (await stub.CreateStream(api.CreateStreamRequest(model=model))).stream.name
+        client = await append_to(stub, name)
+        for start in range(0, len(data), num_bytes):
+            assert (await client.record(data[start : start + num_bytes])).status.code == 0
+        streams.append(await client.finish())
+    heads = [r.head async for r in stub.InspectMemory(api.InspectMemoryRequest(name=streams[1].name))]
+    *_, answer = [r async for r in stub.Generate(api.GenerateRequest(stream=name, text="ß", max_tokens=5))]
+
+    whole, cut = streams
+    settings = whole.settings
+    assert (settings.kv_budget_tokens, settings.segment_length, settings.num_sink_tokens) == (16, 16, 0)
+    assert whole.tokens == len(data) // 16 * 16
+    assert cut.state_digest == whole.state_digest
+    assert max(len(head.positions) for head in heads) == 16
+    assert (answer.summary.num_prompt_tokens, answer.summary.num_answer_tokens) == (2, 5)
 
 
 async def test_a_worker_that_dies_in_the_middle_leaves_the_same_memory(

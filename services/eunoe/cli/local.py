@@ -21,7 +21,11 @@ _MEBIBYTE = 1024 * 1024
 
 def up(
     model: Annotated[
-        str, typer.Option(help="The default model's name, a local directory, or a hub repository (owner/name).")
+        str,
+        typer.Option(
+            help="smollm2-135m-instruct; eunoe-nano, whose tokens are bytes; a local directory; or a hub repository"
+            " (owner/name)."
+        ),
     ] = DEFAULT_MODEL,
     workers: Annotated[int, typer.Option(min=1, help="Model workers.")] = 1,
     threads: Annotated[int, typer.Option(min=1, help="Threads of each worker.")] = 2,

@@ -62,7 +62,7 @@ def _namm(
     with ray_session(ray_address, num_cpus=workers and workers * threads, num_threads=threads):
         # They import Ray, which has its environment only now.
         from eunoe.cli.training_progress import TrainingProgress
-        from eunoe.decoder.tokenizer import Tokenizer
+        from eunoe.decoder.tokenizer import load_tokenizer
         from eunoe.eviction import Namm
         from eunoe.training.evolution import EvolutionSettings
         from eunoe.training.namm_training import NammTraining, open_workers, train_namm
@@ -73,7 +73,7 @@ def _namm(
         training = NammTraining(
             directory=out,
             model_path=model_path,
-            cases=training_mix(context, cases, seed=seed, tokenizer=Tokenizer.load(model_path)),
+            cases=training_mix(context, cases, seed=seed, tokenizer=load_tokenizer(model_path)),
             data={"cases": cases, "context": context, "seed": seed, "split": "train"},
             start=Namm.untrained() if start is None else Namm.load(start),
             keeps_normalization=start is not None,
@@ -117,14 +117,14 @@ def _novelty(
     from rich.progress import track
 
     from eunoe.decoder.decoder import Decoder
-    from eunoe.decoder.tokenizer import Tokenizer
+    from eunoe.decoder.tokenizer import load_tokenizer
     from eunoe.embedded.models import resolve_model
     from eunoe.training.novelty_training import NoveltyTraining, train_novelty
     from eunoe.training.tasks.suite import suite
 
     _, model_path = resolve_model(model, on_step=note)
     decoder = Decoder.load(model_path, num_threads=threads)
-    drawn = suite(context, cases, seed=seed, split="train", tokenizer=Tokenizer.load(model_path))
+    drawn = suite(context, cases, seed=seed, split="train", tokenizer=load_tokenizer(model_path))
     console = Console(stderr=True)
     shown = track(drawn, "reading contexts", console=console, transient=True, disable=not console.is_terminal)
     policy = train_novelty(decoder, shown, NoveltyTraining(attention=attention, novelty=novelty))

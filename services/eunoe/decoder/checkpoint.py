@@ -3,13 +3,15 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import gguf
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from eunoe.decoder.config import DecoderConfig, RopeConfig
+from eunoe.decoder.config import DecoderConfig, Dtypes, RopeConfig
+from eunoe.decoder.memory_state import MemorySettings
 from eunoe.decoder.tokenizer import tokenizer_files_from_gguf
 from eunoe.decoder.weights import LayerWeights, MemoryGates, Weights
 
@@ -49,10 +51,41 @@ def load_config(directory: Path | str) -> DecoderConfig:
     Raises:
         ValueError: If there is no config.json, or it describes a model that we do not run.
     """
+    return DecoderConfig.from_hf(_config_json(directory))
+
+
+def load_dtypes(directory: Path | str) -> Dtypes:
+    """What the model of a Hugging Face directory is bound to on this machine.
+
+    Raises:
+        ValueError: If there is no config.json, or it names a dtype that we do not run.
+    """
+    return Dtypes.from_hf(_config_json(directory))
+
+
+def load_stream_defaults(directory: Path | str) -> MemorySettings:
+    """What the streams of a Hugging Face directory's model have where nobody says otherwise.
+
+    That is `stream_defaults` of config.json, an object of `kv_budget_tokens`, `segment_length` and `num_sink_tokens`,
+    and for what is missing there, or where there is none, the defaults of `MemorySettings` within the trained range.
+
+    Raises:
+        ValueError: As `load_config`; or if `stream_defaults` has something else or no valid numbers.
+    """
+    config, given = load_config(directory), _config_json(directory).get("stream_defaults", {})
+    if unknown := sorted(set(given) - {"kv_budget_tokens", "segment_length", "num_sink_tokens"}):
+        raise ValueError(f"stream_defaults of {directory} has {', '.join(unknown)}, which is no setting")
+    if not all(isinstance(value, int) for value in given.values()):
+        raise ValueError(f"stream_defaults of {directory} has other values than integers: {given}")
+    return MemorySettings(**{"kv_budget_tokens": min(MemorySettings().kv_budget_tokens, config.max_positions)} | given)
+
+
+def _config_json(directory: Path | str) -> dict[str, Any]:
     path = Path(directory) / "config.json"
     if not path.is_file():
         raise ValueError(f"{directory} is no model directory: it has no config.json")
-    return DecoderConfig.from_hf(json.loads(path.read_text()))
+    content: dict[str, Any] = json.loads(path.read_text())
+    return content
 
 
 def load_weights(directory: Path | str, dtype: torch.dtype) -> Weights:

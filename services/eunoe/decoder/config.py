@@ -220,6 +220,22 @@ class Dtypes:
         return cls(weights=torch.bfloat16, kv=torch.bfloat16, compute=compute)
 
     @classmethod
+    def from_hf(cls, data: Mapping[str, Any]) -> Self:
+        """The binding of the model of a Hugging Face `config.json`.
+
+        A model of type "eunoe" has it from `torch_dtype`: float32 for all, or bfloat16 as on this machine. In other
+        files that key says what the weights lie on disk in, converted ones have float32 there; all are bound to
+        bfloat16.
+
+        Raises:
+            ValueError: If the `torch_dtype` of a model of type "eunoe" is another one.
+        """
+        name = data.get("torch_dtype", "bfloat16") if data.get("model_type") == "eunoe" else "bfloat16"
+        if name not in ("bfloat16", "float32"):
+            raise ValueError(f"torch_dtype={name!r} is not supported, only bfloat16 and float32")
+        return cls.float32() if name == "float32" else cls.for_this_machine()
+
+    @classmethod
     def float32(cls) -> Self:
-        """Everything in float32: for parity tests."""
+        """Everything in float32."""
         return cls(weights=torch.float32, kv=torch.float32, compute=torch.float32)

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F  # noqa: N812
 
-from eunoe.decoder.checkpoint import load_config, load_weights
+from eunoe.decoder.checkpoint import load_config, load_dtypes, load_weights
 from eunoe.decoder.compressive_memory import CompressiveMemory
 from eunoe.decoder.config import DecoderConfig, Dtypes
 from eunoe.decoder.memory_state import MemorySettings, MemoryState
@@ -69,13 +69,13 @@ class Decoder:
 
         Args:
             directory: With config.json and safetensors.
-            dtypes: Default: `Dtypes.for_this_machine()`.
+            dtypes: Default: what the model is bound to (`Dtypes.from_hf`).
             num_threads: Of torch, for the whole process; default: as it is.
 
         Raises:
             ValueError: If the directory holds no model of the Llama family.
         """
-        dtypes = dtypes or Dtypes.for_this_machine()
+        dtypes = dtypes or load_dtypes(directory)
         return cls(load_config(directory), load_weights(directory, dtypes.weights), dtypes, num_threads)
 
     @classmethod

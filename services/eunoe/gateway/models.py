@@ -95,18 +95,20 @@ def settings_for(settings: api.StreamSettings, model: api.Model) -> api.StreamSe
 
 
 def settings_in_effect(requested: api.StreamSettings, model: api.Model) -> api.StreamSettings:
-    """What was asked for, with the defaults filled in.
+    """What was asked for, with defaults filled in: the model's own, else those of all models.
 
     Raises:
         InvalidRequest: If a value is out of the model's range.
     """
     settings = api.StreamSettings(
-        kv_budget_tokens=requested.kv_budget_tokens or min(DEFAULT_KV_BUDGET_TOKENS, model.max_positions),
-        segment_length=requested.segment_length or DEFAULT_SEGMENT_LENGTH,
-        num_sink_tokens=requested.num_sink_tokens if requested.HasField("num_sink_tokens") else DEFAULT_NUM_SINK_TOKENS,
-        positions=requested.positions or api.POSITION_MODE_COMPACT,
-        retain_log=requested.retain_log,
+        kv_budget_tokens=min(DEFAULT_KV_BUDGET_TOKENS, model.max_positions),
+        segment_length=DEFAULT_SEGMENT_LENGTH,
+        num_sink_tokens=DEFAULT_NUM_SINK_TOKENS,
+        positions=api.POSITION_MODE_COMPACT,
     )
+    # Merging leaves what is not set: for the number of sink tokens zero is a value, elsewhere it is none.
+    settings.MergeFrom(model.default_settings)
+    settings.MergeFrom(requested)
     if settings.kv_budget_tokens > model.max_positions:
         raise InvalidRequest(
             f"kv_budget_tokens={settings.kv_budget_tokens} exceeds the {model.max_positions} positions of {model.name}"

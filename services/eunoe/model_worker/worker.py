@@ -14,9 +14,10 @@ import grpc
 from eunoe.api.v1 import long_context_pb2 as api
 from eunoe.clients.eviction_sidecar import EvictionSidecarClient
 from eunoe.clients.state_store import StateStoreClient
+from eunoe.decoder.checkpoint import load_stream_defaults
 from eunoe.decoder.decoder import Decoder
 from eunoe.decoder.memory_state import MemorySettings
-from eunoe.decoder.tokenizer import Tokenizer
+from eunoe.decoder.tokenizer import load_tokenizer
 from eunoe.eviction.policy_files import PolicyFiles
 from eunoe.internal.v1 import model_worker_pb2, model_worker_pb2_grpc
 from eunoe.internal.v1 import state_store_pb2 as pb
@@ -95,7 +96,8 @@ class ModelWorker:
         policies = await asyncio.to_thread(PolicyFiles, config.policies_dir)
         policy = policies.named(config.policy)
         decoder = await self._engine.start()
-        tokenizer = await asyncio.to_thread(Tokenizer.load, config.model_path)
+        tokenizer = await asyncio.to_thread(load_tokenizer, config.model_path)
+        defaults = await asyncio.to_thread(load_stream_defaults, config.model_path)
         self.parts = WorkerParts(
             config=config,
             store=store,
@@ -113,7 +115,8 @@ class ModelWorker:
         await self._probe()
         self._metrics.enter_context(serve_metrics(config.metrics_port, config.listen_host))
         await self._server.start()
-        worker = pb.Worker(worker=self.incarnation, address=self.address, model=describe_model(config, decoder))
+        model = describe_model(config, decoder, defaults)
+        worker = pb.Worker(worker=self.incarnation, address=self.address, model=model)
         self._ownership = Ownership(store, worker)
         await store.renew_worker(pb.RenewWorkerRequest(worker=worker))
         sweep = Sweep(store, config.model_name, self.streams, self._take)
@@ -318,11 +321,14 @@ class ModelWorker:
                 await self._probe()
 
 
-def describe_model(config: WorkerConfig, decoder: Decoder) -> api.Model:
-    """The model as the public API lists it."""
+def describe_model(config: WorkerConfig, decoder: Decoder, defaults: MemorySettings) -> api.Model:
+    """The model as the public API lists it, with the settings of streams that name none."""
     shape = decoder.config
-    defaults = MemorySettings(kv_budget_tokens=min(1024, shape.max_positions))
-    state_bytes = decoder.new_state(defaults).state_bytes
+    # What does not grow with the budget is in both.
+    one, two = (
+        decoder.new_state(MemorySettings(kv_budget_tokens=budget, segment_length=1, num_sink_tokens=0)).state_bytes
+        for budget in (1, 2)
+    )
     kv_bytes = 2 * shape.num_kv_layers * shape.num_kv_heads * shape.head_dim * decoder.dtypes.kv.itemsize
     return api.Model(
         name=config.model_name,
@@ -333,9 +339,9 @@ def describe_model(config: WorkerConfig, decoder: Decoder) -> api.Model:
         head_dim=shape.head_dim,
         vocab_size=shape.vocab_size,
         max_positions=shape.max_positions,
-        state_bytes_per_budget_token=state_bytes // defaults.kv_budget_tokens,
+        state_bytes_per_budget_token=two - one,
         full_cache_bytes_per_token=kv_bytes,
-        default_state_bytes=state_bytes,
+        default_state_bytes=one + (defaults.kv_budget_tokens - 1) * (two - one),
         default_settings=api.StreamSettings(
             kv_budget_tokens=defaults.kv_budget_tokens,
             segment_length=defaults.segment_length,

@@ -12,7 +12,7 @@ from eunoe.api.v1 import long_context_pb2 as api
 from eunoe.clients.model_worker import ModelWorkerClient
 from eunoe.decoder.decoder import Decoder
 from eunoe.decoder.memory_state import MemorySettings
-from eunoe.decoder.tokenizer import Tokenizer
+from eunoe.decoder.tokenizer import load_tokenizer
 from eunoe.eviction import DEFAULT_POLICY
 from eunoe.model_worker.worker import ModelWorker
 from eunoe.runtime.errors import CarryOpen, FailedPrecondition, InvalidRequest, Overloaded, PromptTooLong
@@ -39,7 +39,7 @@ class Reference:
 
     def __init__(self, worker: ModelWorker) -> None:
         self.decoder = Decoder.load(worker.config.model_path, num_threads=1)
-        self.tokenizer = Tokenizer.load(worker.config.model_path)
+        self.tokenizer = load_tokenizer(worker.config.model_path)
 
     def log_probs(self, token_ids: list[int], **settings: Any) -> np.ndarray:
         """Of every token but the first, given those before it."""

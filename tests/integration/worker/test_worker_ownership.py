@@ -3,11 +3,13 @@
 import asyncio
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from eunoe.clients.model_worker import ModelWorkerClient
+from eunoe.decoder.tiny import write_tiny_byte_model
 from eunoe.internal.v1 import state_store_pb2 as pb
 from eunoe.runtime.errors import ModelMismatch, NotOwner, Overloaded, StreamNotFound, Unavailable
 from eunoe.runtime.grpc_channel import open_channel
@@ -290,6 +292,22 @@ async def test_the_directory_describes_the_model(platform: Any) -> None:
     assert model.default_settings.kv_budget_tokens == 512
     assert model.default_state_bytes == 512 * model.state_bytes_per_budget_token
     assert model.full_cache_bytes_per_token == 2 * 2 * 2 * 16 * 2
+
+
+async def test_the_directory_has_the_models_own_defaults(platform: Any, tmp_path: Path) -> None:
+    write_tiny_byte_model(tmp_path)
+    await platform.worker(model_path=tmp_path)
+
+    (listed,) = (await platform.store.list_workers(pb.ListWorkersRequest(model=platform.config.model_name))).workers
+
+    settings = listed.model.default_settings
+    assert (settings.kv_budget_tokens, settings.segment_length, settings.num_sink_tokens) == (16, 16, 0)
+    assert settings.HasField("num_sink_tokens")
+    # Its slots are float32, by its binding.
+    assert listed.model.state_bytes_per_budget_token == 2 * 2 * (2 * 16 * 4 + 8)
+    # Memory and normalizer of 2 layers and 2 heads of 16 come on top, whatever the budget.
+    num_compressed_bytes = 2 * 2 * (16 * 16 + 16) * 4
+    assert listed.model.default_state_bytes == 16 * listed.model.state_bytes_per_budget_token + num_compressed_bytes
 
 
 def test_the_config_refuses_nonsense(platform: Any) -> None:

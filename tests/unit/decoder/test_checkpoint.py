@@ -9,7 +9,14 @@ import torch
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from eunoe.decoder.checkpoint import convert_gguf, load_config, load_weights, save_weights
+from eunoe.decoder.checkpoint import (
+    convert_gguf,
+    load_config,
+    load_dtypes,
+    load_stream_defaults,
+    load_weights,
+    save_weights,
+)
 from eunoe.decoder.config import DecoderConfig, Dtypes, RopeConfig
 from eunoe.decoder.decoder import Decoder
 from eunoe.decoder.memory_state import MemorySettings
@@ -159,6 +166,70 @@ def test_a_directory_without_a_model_is_refused(tmp_path: Path) -> None:
 def test_models_that_we_do_not_run_are_refused(change: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"support|family|multiple"):
         DecoderConfig.from_hf(tiny_config().to_hf() | change)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "torch_dtype", "expected"),
+    [
+        ("eunoe", "float32", torch.float32),
+        ("eunoe", "bfloat16", torch.bfloat16),
+        ("llama", "float32", torch.bfloat16),
+        ("llama", "float16", torch.bfloat16),
+    ],
+)
+def test_a_model_of_our_own_is_bound_to_what_its_file_says(
+    tmp_path: Path, model_type: str, torch_dtype: str, expected: torch.dtype
+) -> None:
+    write_tiny_model(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(written | {"model_type": model_type, "torch_dtype": torch_dtype}))
+
+    decoder = Decoder.load(tmp_path)
+
+    assert decoder.dtypes.weights == decoder.dtypes.kv == expected
+    assert expected == torch.bfloat16 or decoder.dtypes == Dtypes.float32()
+    assert decoder.new_state(MemorySettings()).keys.dtype == expected
+
+
+def test_a_dtype_that_we_do_not_run_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "eunoe", **SHAPE, "torch_dtype": "float16"}))
+
+    with pytest.raises(ValueError, match="torch_dtype='float16'"):
+        load_dtypes(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, (256, 512, 4)),
+        ({"segment_length": 128}, (256, 128, 4)),
+        ({"kv_budget_tokens": 128, "segment_length": 64, "num_sink_tokens": 0}, (128, 64, 0)),
+    ],
+)
+def test_a_model_may_say_what_its_streams_have(
+    tmp_path: Path, given: dict[str, int], expected: tuple[int, int, int]
+) -> None:
+    config = {"model_type": "llama", **SHAPE} | ({"stream_defaults": given} if given else {})
+    (tmp_path / "config.json").write_text(json.dumps(config))
+
+    found = load_stream_defaults(tmp_path)
+
+    assert (found.kv_budget_tokens, found.segment_length, found.num_sink_tokens) == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"retain_log": 1}, "retain_log, which is no setting"),
+        ({"segment_length": 16.0}, "other values than integers"),
+        ({"num_sink_tokens": 256}, "num_sink_tokens=256"),
+    ],
+)
+def test_stream_defaults_that_are_none_are_refused(tmp_path: Path, given: dict[str, Any], message: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **SHAPE, "stream_defaults": given}))
+
+    with pytest.raises(ValueError, match=message):
+        load_stream_defaults(tmp_path)
 
 
 def test_configs_of_older_transformers_are_read() -> None:

@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eunoe.decoder import log_tokenizer
+from eunoe.decoder.byte_tokenizer import ByteTokenizer
 from eunoe.decoder.log_tokenizer import ID_BYTES, MAX_PRE_TOKEN_BYTES, LogTokenizer, RecordKind
 from eunoe.decoder.pre_tokenizer import pre_tokenizer_definition
-from eunoe.decoder.tokenizer import Tokenizer, write_tiny_tokenizer
+from eunoe.decoder.tokenizer import BytePairTokenizer, Tokenizer, load_tokenizer, write_tiny_tokenizer
 
 BOOK = Path(__file__).parents[3] / "examples" / "kjv.txt.gz"
 
@@ -32,21 +33,31 @@ TEXTS = st.lists(PIECES, max_size=12).map("".join)
 LOGS = st.lists(
     st.one_of(
         TEXTS.map(lambda text: ("text", text.encode())),
-        st.lists(st.integers(0, 511), max_size=3).map(lambda ids: ("token_ids", np.array(ids, "<u4").tobytes())),
+        st.lists(st.integers(0, 255), max_size=3).map(lambda ids: ("token_ids", np.array(ids, "<u4").tobytes())),
     ),
     max_size=5,
 )
 
 
-@pytest.fixture(scope="module", params=["smollm", "llama-bpe"])
-def tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+def a_byte_pair_tokenizer(directory: Path, split: str) -> Tokenizer:
     """A tiny tokenizer whose vocabulary lacks a byte, as SmolLM2's lacks some."""
-    directory = tmp_path_factory.mktemp("tiny")
     write_tiny_tokenizer(directory)
     content = json.loads((directory / "tokenizer.json").read_bytes())
-    content["pre_tokenizer"] = pre_tokenizer_definition(request.param)
+    content["pre_tokenizer"] = pre_tokenizer_definition(split)
     del content["model"]["vocab"]["\u0104"]
-    return Tokenizer(content, {})
+    return BytePairTokenizer(content, {})
+
+
+@pytest.fixture(scope="module", params=["smollm", "llama-bpe"])
+def byte_pair_tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    return a_byte_pair_tokenizer(tmp_path_factory.mktemp("tiny"), request.param)
+
+
+@pytest.fixture(scope="module", params=["smollm", "llama-bpe", "bytes"])
+def tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    if request.param == "bytes":
+        return ByteTokenizer()
+    return a_byte_pair_tokenizer(tmp_path_factory.mktemp("tiny"), request.param)
 
 
 @contextmanager
@@ -138,21 +149,23 @@ def test_tokenizing_goes_on_at_any_cursor(tokenizer: Tokenizer, log: Log, step: 
         ("a\n\n\nb", 4),
     ],
 )
-def test_what_can_still_change_is_open(tokenizer: Tokenizer, text: str, num_closed_bytes: int) -> None:
-    tokens = text_tokens(tokenizer, text)
+def test_what_can_still_change_is_open(byte_pair_tokenizer: Tokenizer, text: str, num_closed_bytes: int) -> None:
+    tokens = text_tokens(byte_pair_tokenizer, text)
 
-    assert b"".join(map(tokenizer.token_bytes, iter_tokens(tokens))) == text.encode()[:num_closed_bytes]
+    assert b"".join(map(byte_pair_tokenizer.token_bytes, iter_tokens(tokens))) == text.encode()[:num_closed_bytes]
 
 
 @pytest.mark.parametrize("character", ["a", "\u00e9", "\u6f22", " ", "\n", "!"])
-def test_a_long_pre_token_is_closed_at_the_first_character_after_4_kib(tokenizer: Tokenizer, character: str) -> None:
+def test_a_long_pre_token_is_closed_at_the_first_character_after_4_kib(
+    byte_pair_tokenizer: Tokenizer, character: str
+) -> None:
     width = len(character.encode())
     num_closed_characters = 2 * -(-MAX_PRE_TOKEN_BYTES // width)
 
-    tokens = text_tokens(tokenizer, character * (num_closed_characters + 1))
+    tokens = text_tokens(byte_pair_tokenizer, character * (num_closed_characters + 1))
 
     taken = tokens.take(tokens.num_closed)
-    assert b"".join(map(tokenizer.token_bytes, taken.tolist())).decode() == character * num_closed_characters
+    assert b"".join(map(byte_pair_tokenizer.token_bytes, taken.tolist())).decode() == character * num_closed_characters
     assert tokens.cursor == (num_closed_characters * width, 0)
 
 
@@ -167,11 +180,11 @@ def test_a_forced_end_does_not_depend_on_what_follows_at_once(tokenizer: Tokeniz
 
 
 def test_token_ids_are_a_barrier(tokenizer: Tokenizer) -> None:
-    ids = np.array([300, 1], "<u4").tobytes()
+    ids = np.array([200, 1], "<u4").tobytes()
 
     tokens = feed(LogTokenizer(tokenizer), [("text", b"the"), ("token_ids", ids), ("text", b"re")])
 
-    assert tokens.close_copy().tolist() == [*tokenizer.encode("the"), 300, 1, *tokenizer.encode("re")]
+    assert tokens.close_copy().tolist() == [*tokenizer.encode("the"), 200, 1, *tokenizer.encode("re")]
     tokens.take(len(tokenizer.encode("the")) + 1)
     assert tokens.cursor == (len("the") + ID_BYTES, 0)
 
@@ -210,7 +223,7 @@ def test_a_copy_goes_its_own_way(tokenizer: Tokenizer) -> None:
         ([("text", b"a\xc3"), ("text", b"a")], "utf-8"),
         ([("text", b"a\xc3"), ("token_ids", b"\1\0\0\0")], "1 bytes of a text"),
         ([("token_ids", b"\1\0"), ("text", b"a")], "2 bytes of a token_ids"),
-        ([("token_ids", b"\0\2\0\0")], "512"),
+        ([("token_ids", b"\0\2\0\0")], "id 512 is not below"),
     ],
 )
 def test_bytes_that_do_not_fit_are_refused_and_change_nothing(tokenizer: Tokenizer, log: Log, message: str) -> None:
@@ -223,9 +236,9 @@ def test_bytes_that_do_not_fit_are_refused_and_change_nothing(tokenizer: Tokeniz
     assert tokens.next_offset == sum(len(data) for _, data in good)
 
 
-def test_more_tokens_than_are_closed_are_refused(tokenizer: Tokenizer) -> None:
+def test_more_tokens_than_are_closed_are_refused(byte_pair_tokenizer: Tokenizer) -> None:
     with pytest.raises(ValueError, match="2 tokens wanted, 1 closed"):
-        text_tokens(tokenizer, "a b").take(2)
+        text_tokens(byte_pair_tokenizer, "a b").take(2)
 
 
 def test_a_cursor_of_another_log_is_refused(tokenizer: Tokenizer) -> None:
@@ -235,9 +248,19 @@ def test_a_cursor_of_another_log_is_refused(tokenizer: Tokenizer) -> None:
         tokens.feed(b"a b c d e", "text")
 
 
+def test_every_byte_is_a_token_at_once_but_those_of_a_cut_character() -> None:
+    tokens = feed(LogTokenizer(ByteTokenizer()), [("text", "aé".encode()), ("text", b"\xf0\x9f")])
+
+    assert tokens.take(tokens.num_closed).tolist() == list("aé".encode())
+    assert (tokens.cursor, tokens.next_offset) == ((3, 0), 5)
+    tokens.feed(b"\x98\x80", "text")
+    assert tokens.take(2).tolist() == [0xF0, 0x9F]
+    assert tokens.cursor == (3, 2)
+
+
 @pytest.mark.model
 def test_the_whole_book_has_the_tokens_of_one_encoding_however_it_is_cut(smollm2_directory: Path) -> None:
-    tokenizer = Tokenizer.load(smollm2_directory)
+    tokenizer = load_tokenizer(smollm2_directory)
     book = gzip.decompress(BOOK.read_bytes())
 
     tokens = LogTokenizer(tokenizer)

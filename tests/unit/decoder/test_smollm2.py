@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from eunoe.decoder.config import Dtypes
 from eunoe.decoder.decoder import Decoder
 from eunoe.decoder.memory_state import MemorySettings
-from eunoe.decoder.tokenizer import Tokenizer
+from eunoe.decoder.tokenizer import Tokenizer, load_tokenizer
 from eunoe.eviction import DEFAULT_POLICY
 
 pytestmark = [pytest.mark.model, pytest.mark.timeout(300)]
@@ -37,7 +37,7 @@ PROMPTS = (
 
 @pytest.fixture(scope="module")
 def tokenizer(smollm2_directory: Path) -> Tokenizer:
-    return Tokenizer.load(smollm2_directory)
+    return load_tokenizer(smollm2_directory)
 
 
 @pytest.fixture(scope="module")

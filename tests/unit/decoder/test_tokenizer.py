@@ -10,8 +10,16 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eunoe.decoder.pre_tokenizer import pre_tokenizer_definition, pre_tokenizer_name
-from eunoe.decoder.tokenizer import TextDecoder, Tokenizer, tokenizer_files_from_gguf, write_tiny_tokenizer
+from eunoe.decoder.byte_tokenizer import ByteTokenizer
+from eunoe.decoder.pre_tokenizer import bytes_of_pre_token, pre_tokenizer_definition, pre_tokenizer_name
+from eunoe.decoder.tokenizer import (
+    BytePairTokenizer,
+    TextDecoder,
+    Tokenizer,
+    load_tokenizer,
+    tokenizer_files_from_gguf,
+    write_tiny_tokenizer,
+)
 
 NASTY_TEXTS = [
     "",
@@ -34,7 +42,12 @@ def tiny_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def tiny(tiny_directory: Path) -> Tokenizer:
-    return Tokenizer.load(tiny_directory)
+    return load_tokenizer(tiny_directory)
+
+
+@pytest.fixture(scope="module", params=["byte-pairs", "bytes"])
+def each(request: pytest.FixtureRequest, tiny: Tokenizer) -> Tokenizer:
+    return tiny if request.param == "byte-pairs" else ByteTokenizer()
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +64,9 @@ def with_split(request: pytest.FixtureRequest, tiny_json: dict[str, Any]) -> dic
 @pytest.fixture(scope="module")
 def encoders(with_split: dict[str, Any]) -> tuple[Tokenizer, tokenizers.Tokenizer]:
     """Ours and the library's own, which knows no special tokens."""
-    return Tokenizer(with_split, {}), tokenizers.Tokenizer.from_str(json.dumps(with_split | {"added_tokens": []}))
+    return BytePairTokenizer(with_split, {}), tokenizers.Tokenizer.from_str(
+        json.dumps(with_split | {"added_tokens": []})
+    )
 
 
 def a_gguf_reader(path: Path, tokenizer_json: dict[str, Any], split: str, model: str = "gpt2") -> gguf.GGUFReader:
@@ -91,29 +106,71 @@ def test_text_never_becomes_a_special_token(tiny: Tokenizer) -> None:
 
 
 @pytest.mark.parametrize("text", NASTY_TEXTS)
-def test_decode_undoes_encode(tiny: Tokenizer, text: str) -> None:
-    assert tiny.decode(tiny.encode(text)) == text
+def test_decode_undoes_encode(each: Tokenizer, text: str) -> None:
+    assert each.decode(each.encode(text)) == text
 
 
-def test_text_decoder_holds_back_cut_characters(tiny: Tokenizer) -> None:
-    decoder = TextDecoder(tiny)
+@pytest.mark.parametrize("text", NASTY_TEXTS)
+def test_pre_tokens_are_the_text_cut_between_characters(each: Tokenizer, text: str) -> None:
+    pre_tokens = each.pre_tokens(text)
 
-    pieces = [decoder.push(token_id) for token_id in tiny.encode("a\U0001f600b")]
+    assert "".join(bytes_of_pre_token(pre_token).decode() for pre_token in pre_tokens) == text
+    assert [token_id for each_one in pre_tokens for token_id in each.ids_of_pre_token(each_one)] == each.encode(text)
+
+
+def test_text_decoder_holds_back_cut_characters(each: Tokenizer) -> None:
+    decoder = TextDecoder(each)
+
+    pieces = [decoder.push(token_id) for token_id in each.encode("a\U0001f600b")]
 
     assert [piece for piece in pieces if piece] == ["a", "\U0001f600", "b"]
     assert decoder.finish() == ""
 
 
-def test_text_decoder_replaces_a_character_that_never_becomes_whole(tiny: Tokenizer) -> None:
-    decoder = TextDecoder(tiny)
+def test_text_decoder_replaces_a_character_that_never_becomes_whole(each: Tokenizer) -> None:
+    decoder = TextDecoder(each)
 
-    assert decoder.push(tiny.encode("\U0001f600")[0]) == ""
+    assert decoder.push(each.encode("\U0001f600")[0]) == ""
     assert decoder.finish() == "\ufffd"
 
 
-def test_an_id_outside_the_vocabulary_is_refused(tiny: Tokenizer) -> None:
-    with pytest.raises(ValueError, match="512"):
-        tiny.token_bytes(512)
+def test_text_decoder_gives_the_text_of_any_bytes(each: Tokenizer) -> None:
+    by_bytes = {each.token_bytes(token_id): token_id for token_id in range(each.vocab_size)}
+
+    @settings(deadline=None, derandomize=True)
+    @given(data=st.one_of(st.binary(max_size=12), st.text(max_size=6).map(str.encode)))
+    def assert_equal(data: bytes) -> None:
+        token_ids = [by_bytes[bytes((byte,))] for byte in data]
+        decoder = TextDecoder(each)
+        text = "".join(map(decoder.push, token_ids)) + decoder.finish()
+        assert text == each.decode(token_ids) == data.decode("utf-8", "replace")
+
+    assert_equal()
+
+
+def test_an_id_outside_the_vocabulary_is_refused(each: Tokenizer) -> None:
+    for token_id in (each.vocab_size, -1):
+        with pytest.raises(ValueError, match=f"size {each.vocab_size}"):
+            each.token_bytes(token_id)
+    with pytest.raises(ValueError, match=f"size {each.vocab_size}"):
+        each.decode([each.vocab_size])
+
+
+def test_a_directory_whose_config_says_bytes_needs_no_tokenizer_json(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"tokenizer": "bytes"}')
+
+    tokenizer = load_tokenizer(tmp_path)
+
+    assert tokenizer.vocab_size == 256
+    assert tokenizer.encode("é!") == [0xC3, 0xA9, 0x21]
+    assert not tokenizer.end_of_turn_ids
+
+
+def test_a_config_that_names_another_tokenizer_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"tokenizer": "characters"}')
+
+    with pytest.raises(ValueError, match="'characters'"):
+        load_tokenizer(tmp_path)
 
 
 def test_the_tiny_tokenizer_has_512_ids_and_equal_seeds_write_equal_files(tmp_path: Path) -> None:
@@ -122,8 +179,8 @@ def test_the_tiny_tokenizer_has_512_ids_and_equal_seeds_write_equal_files(tmp_pa
     write_tiny_tokenizer(tmp_path, seed=1)
     write_tiny_tokenizer(tmp_path / "other", seed=1)
 
-    assert Tokenizer.load(tmp_path).vocab_size == 512
-    assert Tokenizer.load(tmp_path).end_of_turn_ids == {1}
+    assert load_tokenizer(tmp_path).vocab_size == 512
+    assert load_tokenizer(tmp_path).end_of_turn_ids == {1}
     assert (tmp_path / "tokenizer.json").read_bytes() == (tmp_path / "other" / "tokenizer.json").read_bytes()
 
 
@@ -132,7 +189,7 @@ def test_end_of_turn_ids_come_from_all_of_the_directorys_files(tmp_path: Path) -
     (tmp_path / "config.json").write_text('{"eos_token_id": 7}')
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [8, 9]}')
 
-    assert Tokenizer.load(tmp_path).end_of_turn_ids == {1, 7, 8, 9}
+    assert load_tokenizer(tmp_path).end_of_turn_ids == {1, 7, 8, 9}
 
 
 @pytest.mark.parametrize("split", ["smollm", "llama-bpe"])
@@ -161,11 +218,11 @@ def test_a_gguf_file_of_another_tokenizer_is_refused_by_name(
 
 def test_a_directory_with_another_split_is_refused(tiny_json: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="Metaspace"):
-        Tokenizer(tiny_json | {"pre_tokenizer": {"type": "Metaspace"}}, {})
+        BytePairTokenizer(tiny_json | {"pre_tokenizer": {"type": "Metaspace"}}, {})
 
 
 def with_template(tiny_json: dict[str, Any], template: str) -> Tokenizer:
-    return Tokenizer(tiny_json, {"chat_template": template, "bos_token": "<|im_start|>"})
+    return BytePairTokenizer(tiny_json, {"chat_template": template, "bos_token": "<|im_start|>"})
 
 
 def test_a_chat_is_the_models_template_with_its_special_tokens(tiny: Tokenizer) -> None:
@@ -226,12 +283,14 @@ def test_an_unknown_role_is_refused(tiny: Tokenizer) -> None:
 
 def test_a_model_without_a_template_refuses_chats(tiny_json: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="no chat template"):
-        Tokenizer(tiny_json, {}).render_chat([("user", "hi")])
+        BytePairTokenizer(tiny_json, {}).render_chat([("user", "hi")])
+    with pytest.raises(ValueError, match="no chat template"):
+        ByteTokenizer().render_chat([("user", "hi")])
 
 
 @pytest.mark.model
 def test_smollm2_gives_the_ids_of_transformers(smollm2_directory: Path) -> None:
-    ours = Tokenizer.load(smollm2_directory)
+    ours = load_tokenizer(smollm2_directory)
     theirs = transformers_tokenizer(smollm2_directory)
     letters = st.text(st.one_of(st.sampled_from("'srvel \n\t19!"), st.characters(codec="utf-8")), max_size=200)
 
@@ -253,7 +312,7 @@ def test_smollm2s_chat_is_that_of_transformers(smollm2_directory: Path) -> None:
 
     expected = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
 
-    assert Tokenizer.load(smollm2_directory).render_chat(turns) == expected
+    assert load_tokenizer(smollm2_directory).render_chat(turns) == expected
 
 
 def transformers_tokenizer(directory: Path) -> Any:

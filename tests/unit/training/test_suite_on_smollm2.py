@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from eunoe.decoder.decoder import Decoder
-from eunoe.decoder.tokenizer import Tokenizer
+from eunoe.decoder.tokenizer import load_tokenizer
 from eunoe.training.evaluation import Evaluation
 from eunoe.training.tasks.haystack import Split
 from eunoe.training.tasks.suite import SUITE, suite
@@ -13,7 +13,7 @@ pytestmark = [pytest.mark.model, pytest.mark.timeout(600)]
 
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_a_full_cache_answers_single_needles_and_most_of_the_rest(smollm2_directory: Path, split: Split) -> None:
-    cases = suite(1024, len(SUITE), seed=3, split=split, tokenizer=Tokenizer.load(smollm2_directory))
+    cases = suite(1024, len(SUITE), seed=3, split=split, tokenizer=load_tokenizer(smollm2_directory))
     evaluation = Evaluation(decoder=Decoder.load(smollm2_directory), share=1.0)
 
     answered = [(case, evaluation.score(case, None).is_exact) for case in cases]
