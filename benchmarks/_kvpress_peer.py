@@ -28,8 +28,8 @@ from transformers.utils import logging
 logging.set_verbosity_error()
 logging.disable_progress_bar()
 
-# Some presses draw random numbers: each has its own, the same for every case.
-SEED = 0
+# Some presses draw random numbers: each has its own, the same for every case. "CompactorPress@1" draws others.
+_SEED = 0
 
 
 class FullCache(kvpress.BasePress):
@@ -66,7 +66,15 @@ class Memory:
     press: kvpress.BasePress
     cache: DynamicCache = field(default_factory=DynamicCache)
     masked: list[tuple[torch.Tensor, ...] | None] = field(default_factory=list)
-    random_state: torch.Tensor = field(default_factory=lambda: torch.Generator().manual_seed(SEED).get_state())
+    random_state: torch.Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.random_state = torch.Generator().manual_seed(self.seed).get_state()
+
+    @property
+    def seed(self) -> int:
+        """What it draws its random numbers from."""
+        return int(self.name.partition("@")[2] or _SEED)
 
     @property
     def num_slots(self) -> int:
@@ -98,7 +106,10 @@ def main() -> None:
 
 
 def built(name: str, share: float) -> kvpress.BasePress:
-    """A press with its default parameters: "SnapKVPress", or around another one "AdaKVPress(SnapKVPress)"."""
+    """A press with its default parameters: "SnapKVPress", or around another one "AdaKVPress(SnapKVPress)"; its seed
+    behind an @ does not count here.
+    """
+    name = name.partition("@")[0]
     if name == "full-cache":
         return FullCache()
     outer, _, inner = name.removesuffix(")").partition("(")
@@ -185,7 +196,7 @@ def check(pipeline: kvpress.KVPressTextGenerationPipeline, memory: Memory, job: 
     model = pipeline.model
     context, question = torch.tensor([job["context"]]), torch.tensor([job["question"]])
     own = Memory(memory.name, memory.share, built(memory.name, memory.share))
-    torch.manual_seed(SEED)
+    torch.manual_seed(memory.seed)
     with own.press(model):
         model.model(input_ids=context, past_key_values=own.cache)
     own.masked = [getattr(layer.self_attn, "masked_key_indices", None) for layer in model.model.layers]
@@ -195,7 +206,7 @@ def check(pipeline: kvpress.KVPressTextGenerationPipeline, memory: Memory, job: 
             raise SystemExit(f"{memory.name}: another cache than kvpress' own in layer {index}")
     with masking(model, memory.masked):
         ours = pipeline.generate_answer(question, deepcopy(memory.cache), context.shape[1], len(job["answer"]))
-    torch.manual_seed(SEED)
+    torch.manual_seed(memory.seed)
     inputs = {"context_ids": context, "questions_ids": [question]}
     (theirs,) = pipeline._forward(inputs, len(job["answer"]), built(memory.name, memory.share))
     if ours != theirs:

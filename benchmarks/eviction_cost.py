@@ -2,6 +2,9 @@
 
 A pass over 512 tokens ends in an eviction from 1,536 slots to 1,024. Policies take turns; `sinks_recent` only moves
 slots, so what another takes longer is the price of its choice: watching attention in every layer, and one scoring.
+
+spectrogram_memory_ratio: bytes of the pass's attention, of all layers and query heads in float32, over the most memory
+that watching it takes: the peak of what is allocated, layer by layer, and the statistics that it leaves of each slot.
 """
 
 from collections.abc import Callable
@@ -9,6 +12,7 @@ from functools import partial
 
 import numpy as np
 import torch
+from _peak_memory import peak_allocated_bytes
 from _report import Report, arguments, interleaved
 
 from eunoe.decoder.config import DecoderConfig
@@ -66,7 +70,32 @@ def main() -> None:
     for name, policy in policies.items():
         num_bytes = policy.statistics.num_bytes if policy.statistics is not None else 0
         report.add(f"statistics_bytes_{name}", num_bytes, "a slot")
+    report_spectrogram_memory(report, decoder, policies["namm"])
     report.finish()
+
+
+def report_spectrogram_memory(report: Report, decoder: Decoder, policy: EvictionPolicy) -> None:
+    """spectrogram_memory_ratio*, of a policy that watches every query: of all layers, and if there were but one."""
+    config, length = decoder.config, SETTINGS.segment_length
+    attention_bytes = config.num_query_heads * length * SETTINGS.capacity * 4
+    state = decoder.new_state(SETTINGS, policy)
+    state.append(torch.zeros(SETTINGS.kv_budget_tokens, dtype=torch.int32))
+    group_size = config.num_query_heads // config.num_kv_heads
+    query_HGTD = torch.randn(config.num_kv_heads, group_size, length, config.head_dim).to(decoder.dtypes.compute)
+    statistics = policy.statistics
+    assert statistics is not None
+    assert state.statistics is not None
+
+    def observe(num_layers: int) -> None:
+        for layer in range(num_layers):
+            state.observe(statistics, layer, query_HGTD, query_HGTD[:, 0])
+
+    for suffix, num_layers in (("", config.num_layers), ("_one_layer", 1)):
+        peak = peak_allocated_bytes(partial(observe, num_layers))
+        left = state.statistics[:num_layers].nbytes
+        stored = num_layers * attention_bytes
+        text = f"{stored / 1e6:.1f} MB are {peak / 1e6:.1f} MB at the peak and {left / 1e6:.1f} MB of statistics"
+        report.add(f"spectrogram_memory_ratio{suffix}", stored / (peak + left), text)
 
 
 def a_namm(num_observed_queries: int | None = None, attention: Attention = "dense") -> Namm:

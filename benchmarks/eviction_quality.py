@@ -6,27 +6,30 @@ Held-out cases have templates, whole kinds of needles, verses and sources that t
 draws of what it has. Scores are kept in a file, so that a run can go on and policies be added.
 
 retrieval_share_*: held-out cases that the first --policy answers, as a share of those that the full cache answers.
-lead_over_best_25_lower: the lower end of the interval of its lead over the best other, as a share of the cases.
+lead_over_best_25_lower: the lower end of the interval of its lead over the best other that is no --policy, as a share
+of the cases.
 perplexity_ratio_*: its perplexity over that of sinks and recent at the same bytes, on the book's end as a stream.
 """
 
 import argparse
 import json
 import subprocess
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean, median
 
 import numpy as np
+from _quality_plot import plot
 from _quality_results import Key, Results, digest
 from _report import Report, arguments
-from matplotlib.figure import Figure
 
 from eunoe.decoder.decoder import Decoder
 from eunoe.decoder.tokenizer import Tokenizer, load_tokenizer
 from eunoe.embedded.models import DEFAULT_MODEL, resolve_model
 from eunoe.eviction import POLICIES, EvictionPolicy, Namm
+from eunoe.eviction.novelty import NovelSpectrogram
+from eunoe.eviction.spectrogram import AttentionSpectrogram
 from eunoe.training.bootstrap import difference_interval, mean_interval
 from eunoe.training.evaluation import Evaluation, Score
 from eunoe.training.tasks.case import Case
@@ -78,7 +81,10 @@ def main() -> None:
     tokenizer, decoder = load_tokenizer(directory), Decoder.load(directory, num_threads=options.threads)
     suffix = f", {options.positions}, {decoder.model_digest[:12]}"
     full = Contender("full cache", f"full-cache{suffix}")
-    policies: dict[str, EvictionPolicy] = {path.stem: Namm.load(path) for path in options.policy}
+    namms = {path.stem: Namm.load(path) for path in options.policy}
+    if options.faithful:
+        namms |= {f"{label} faithful": faithful(namm) for label, namm in namms.items()}
+    policies: dict[str, EvictionPolicy] = {**namms}
     policies |= {label: OTHERS[label] for label in options.against}
     ours = [Contender(label, policy.name + suffix, policy) for label, policy in policies.items()]
     presses: list[Contender] = []
@@ -102,17 +108,29 @@ def main() -> None:
         ask_presses(report, results, cases, their_full, presses, options, directory, dtype)
         compare_full_caches(report, results, cases, full, their_full)
 
-    others = [*ours[len(options.policy) :], *presses]
     for share in options.shares:
         tabulate(report, results, cases, full, [*ours, *presses], share)
         if options.policy:
-            lead(report, results, cases, full, ours[0], others, share)
+            lead(report, results, cases, full, ours[0], [*ours[1:], *presses], share)
     if options.perplexity_tokens:
         perplexities(report, tokenizer, evaluation, ours, options)
     if options.shares:
-        plot(options.plot, results, cases, full, [*ours, *presses], options.shares)
+        held_out = [name for name, case in cases.items() if case.is_held_out]
+        exact = {
+            share: {each.label: results.exact(each.name, share, held_out) for each in [*ours, *presses]}
+            for share in options.shares
+        }
+        plot(options.plot, exact, full=mean(results.exact(full.name, 1.0, held_out)))
         report.say(f"  plotted in {options.plot}")
     report.finish()
+
+
+def faithful(namm: Namm) -> Namm:
+    """The same, watching every query of a segment: more bytes a slot, so that fewer slots stay."""
+    statistics = namm.statistics
+    if isinstance(statistics, NovelSpectrogram):
+        return replace(namm, statistics=replace(statistics, spectrogram=AttentionSpectrogram()))
+    return replace(namm, statistics=AttentionSpectrogram())
 
 
 def parsed_options() -> argparse.Namespace:
@@ -120,6 +138,7 @@ def parsed_options() -> argparse.Namespace:
     parser = arguments(__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--policy", type=Path, action="append", default=[], help="a NAMM's file; may come again")
     parser.add_argument("--kvpress-python", type=Path, help="of an environment with kvpress (make kvpress-env)")
+    parser.add_argument("--faithful", action="store_true", help="each --policy also as it watches all queries")
     parser.add_argument("--against", nargs="*", choices=OTHERS, default=list(OTHERS), help="of ours (default: all)")
     parser.add_argument("--presses", nargs="+", default=PRESSES, metavar="PRESS", help="of kvpress (default: many)")
     parser.add_argument("--check-presses", type=int, default=0, help="on so many cases, against kvpress' own pipeline")
@@ -281,8 +300,10 @@ def lead(
     for label, exact in theirs.items():
         low, high = difference_interval(own, exact)
         report.say(f"  leads {label} by {mean(own) - mean(exact):.3f} [{low:.3f}, {high:.3f}]")
-    best = max(theirs, key=lambda label: mean(theirs[label]))
-    report.add(f"lead_over_best_{percent}_lower", difference_interval(own, theirs[best])[0], f"the best is {best}")
+    rivals = [other.label for other in others if not isinstance(other.policy, Namm)]
+    if rivals:
+        best = max(rivals, key=lambda label: mean(theirs[label]))
+        report.add(f"lead_over_best_{percent}_lower", difference_interval(own, theirs[best])[0], f"the best is {best}")
 
 
 def perplexities(
@@ -310,32 +331,6 @@ def perplexities(
         if options.policy:
             ratio = found[ours[0].label] / found["sinks-recent"]
             report.add(f"perplexity_ratio_{percent}", ratio, "over sinks and recent")
-
-
-def plot(
-    path: Path,
-    results: Results,
-    cases: dict[str, Case],
-    full: Contender,
-    contenders: list[Contender],
-    shares: Iterable[float],
-) -> None:
-    """A bar with its interval for everybody, a panel for each share of bytes."""
-    held_out = [name for name, case in cases.items() if case.is_held_out]
-    shares = list(shares)
-    figure = Figure(figsize=(6 * len(shares) + 1, 5), layout="tight")
-    axes = figure.subplots(1, len(shares), squeeze=False)
-    for axis, share in zip(axes[0], shares, strict=True):
-        exact = [(contender.label, results.exact(contender.name, share, held_out)) for contender in contenders]
-        exact.sort(key=lambda pair: mean(pair[1]))
-        means = np.array([mean(values) for _, values in exact])
-        ends = np.array([mean_interval(values) for _, values in exact])
-        axis.barh([label for label, _ in exact], means, xerr=np.abs(ends.T - means), color="#4477aa", ecolor="#222222")
-        axis.axvline(mean(results.exact(full.name, 1.0, held_out)), color="#222222", linestyle="--", label=full.label)
-        axis.set(title=f"{100 * share:.0f}% of the bytes", xlabel="held-out cases answered", xlim=(0, 1))
-        axis.legend(loc="lower right")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
 
 
 if __name__ == "__main__":

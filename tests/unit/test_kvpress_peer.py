@@ -12,11 +12,14 @@ from eunoe.decoder.tiny import write_tiny_model
 
 ROOT = Path(__file__).parents[2]
 PYTHON = Path(os.environ.get("EUNOE_TEST_KVPRESS_PYTHON", ROOT / "out/kvpress/bin/python"))
-# One of each kind: no press, scores, random ones, heads of unequal shares, a press around another, attention weights.
+# One of each kind: no press, scores, random ones (of two seeds), heads of unequal shares, a press around another,
+# attention weights.
 PRESSES = (
     "full-cache",
     "SnapKVPress",
     "CompactorPress",
+    "RandomPress",
+    "RandomPress@1",
     "AdaKVPress(ExpectedAttentionPress)",
     "CriticalKVPress(KnormPress)",
     "ObservedAttentionPress",
@@ -39,4 +42,5 @@ def test_presses_of_one_prefill_leave_and_answer_what_each_does_alone(tmp_path: 
     assert peer.returncode == 0, peer.stderr
     lines = [json.loads(line) for line in peer.stdout.splitlines()]
     assert [line["policy"].rpartition("/")[2] for line in lines] == list(PRESSES)
-    assert [line["num_slots"] for line in lines] == [200, 50, 50, 50, 50, 50]
+    assert [line["num_slots"] for line in lines] == [200, 50, 50, 50, 50, 50, 50, 50]
+    assert lines[3]["log_likelihood"] != lines[4]["log_likelihood"]

@@ -11,8 +11,9 @@ from safetensors.torch import load_file
 
 from eunoe.training.decoder.curriculum import Stage
 from eunoe.training.decoder.differentiable import NanoConfig, NanoDecoder, SegmentPlan
-from eunoe.training.decoder.export import export
+from eunoe.training.decoder.export import export, load
 from eunoe.training.decoder.growth import grown
+from eunoe.training.decoder.margin import head_margins
 from eunoe.training.decoder.passkey import ANSWER, COPY, MASKED, PLAIN, PasskeyTask, draw
 from eunoe.training.decoder.passkey_evaluation import PasskeyCase, answers, passkey_case, scores
 from eunoe.training.decoder.training import TrainingConfig, train
@@ -90,6 +91,16 @@ def test_a_resumed_run_equals_an_undisturbed_one(tmp_path: Path) -> None:
     assert [report["step"] for report in curve] == [1, 2, 3, 4, 5, 5, 6]
 
 
+@pytest.mark.parametrize(("share", "is_diluted"), [(0.0, False), (1.0, True)])
+def test_only_a_share_of_samples_is_diluted(share: float, is_diluted: bool) -> None:
+    task = PasskeyTask(length=512, first_gap=(200, 300), gap=(0, 20), questions_bytes=60)
+    stage = Stage(task=task, segment_length=32, bytes_per_step=512, max_steps=1, max_dilution=50.0, diluted_share=share)
+    scale = stage.write_scale(torch.zeros(3, 512, dtype=torch.uint8), np.random.default_rng(0))
+    assert isinstance(scale, torch.Tensor)
+    assert bool((scale > 1).all()) == is_diluted
+    assert bool((scale == 1).all()) != is_diluted
+
+
 def test_a_stage_that_is_learned_ends_early(tmp_path: Path) -> None:
     first = Stage(task=replace(TASK, length=128), segment_length=32, bytes_per_step=128, max_steps=500, min_steps=1,
                   far_accuracy=0.0)  # fmt: skip
@@ -136,6 +147,38 @@ def test_streamed_answers_equal_those_of_one_pass(num_bytes: int) -> None:
             text.append(byte)
 
 
+def test_prompts_that_share_a_beginning_are_answered_as_if_alone() -> None:
+    model = _model()
+    cases = [passkey_case(1200, depth, np.random.default_rng(7)) for depth in (0.0, 0.9, 0.5, 0.9, 0.5)]
+    assert answers(model, cases, 64) == [answers(model, [case], 64)[0] for case in cases]
+
+
+def test_window_only_does_not_read_what_left_the_window() -> None:
+    model = _model()
+    # Random weights say nothing of a needle; large values make every read of the memory show.
+    for layer in model.layers:
+        layer.self_attn.memory_gate.data.fill_(4.0)
+    case = passkey_case(1200, 0.0, np.random.default_rng(4))
+    prompt = bytearray(case.prompt)
+    prompt[100:400] = bytes(300)
+    other = PasskeyCase(bytes(prompt), case.answer, 0.0)
+    assert answers(model, [case], 64, "window_only") == answers(model, [other], 64, "window_only")
+
+
+def test_a_margin_is_what_a_write_weight_adds() -> None:
+    model = _model()
+    case = passkey_case(900, 0.5, np.random.default_rng(4))
+    plain = head_margins(model, case, 64)
+    assert len(plain) == 4
+    assert {margin.layer for margin in plain} == {0, 1}
+    assert plain[0].worst_margin < plain[0].margin
+    assert plain[0].share_after(10) > plain[0].share_after(1000)
+    closed = _model()
+    closed.layers[0].self_attn.write_gate.bias.data.fill_(-10.0)
+    # A bias shuts the gate on needle and filler alike.
+    assert head_margins(closed, case, 64)[0].margin == pytest.approx(plain[0].margin, abs=1e-3)
+
+
 def test_scores_count_digits_and_whole_answers() -> None:
     cases = [PasskeyCase(b"", b" 12345.", depth) for depth in (0.0, 0.0, 1.0)]
     result = scores(cases, [b" 12345.", b" 12045.", b" 12345,"])
@@ -153,3 +196,5 @@ def test_an_exported_checkpoint_has_the_names_that_the_decoder_loads(tmp_path: P
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["compressive_memory"] == {"update_rule": "linear", "has_write_gate": True, "uses_gamma": False}
     assert config["stream_defaults"] == {"kv_budget_tokens": 128, "segment_length": 128, "num_sink_tokens": 0}
+    for name, tensor in load(tmp_path).state_dict().items():
+        assert torch.equal(tensor, tensors[f"model.{name}"]), name

@@ -19,6 +19,7 @@ class Stage:
         shortest: Share of the task's length that the shortest samples have.
         far_accuracy: The stage ends when answers beyond the window reach this, as a mean of 50 steps.
         max_dilution: Segments of filler alone are written up to this many times (log-uniform, a sample's own).
+        diluted_share: Share of samples that are diluted at all.
         final_rate: Factor that the learning rate falls to, along a cosine over `max_steps`.
     """
 
@@ -29,6 +30,7 @@ class Stage:
     min_steps: int = 50
     far_accuracy: float = 0.98
     max_dilution: float = 1.0
+    diluted_share: float = 1.0
     rate: float = 1.0
     final_rate: float = 1.0
     shortest: float = 1.0
@@ -61,5 +63,6 @@ class Stage:
         guarded[:, 1:] &= is_filler[:, :-1]
         guarded[:, :-1] &= is_filler[:, 1:]
         factors = np.exp(generator.uniform(0.0, math.log(self.max_dilution), (kinds.shape[0], 1)))
+        factors[generator.random(factors.shape) >= self.diluted_share] = 1.0
         scale = torch.where(guarded, torch.from_numpy(factors).float(), torch.ones(()))
         return scale[:, :, None, None, None].expand(-1, -1, 1, self.segment_length, 1)

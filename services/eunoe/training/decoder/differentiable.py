@@ -53,12 +53,12 @@ class LayerState:
     """What a layer carries from one segment to the next.
 
     Attributes:
-        keys, values: The newest segment, before RoPE, `[B, H, N, D]`; None before the first.
+        keys, values: The newest segment, before RoPE, `[B, H, N, D]`.
         memory: M and z side by side, `[B, H, D, D + 1]`.
     """
 
-    keys: Tensor | None
-    values: Tensor | None
+    keys: Tensor
+    values: Tensor
     memory: Tensor
 
 
@@ -120,14 +120,13 @@ class CompressiveAttention(nn.Module):
         batch, num_segments, num_heads, _, head_dim = keys.shape
         written_keys, written_values, weights = keys, values, self.write_weights(keys)
         weights = weights * plan.write_scale
-        if past is None or past.keys is None:
+        if past is None:
             carried = 0
-            memory = keys.new_zeros(batch, num_heads, head_dim, head_dim + 1) if past is None else past.memory
+            memory = keys.new_zeros(batch, num_heads, head_dim, head_dim + 1)
         else:
             carried = 1
             memory = past.memory
             written_keys = torch.cat([past.keys[:, None], keys], dim=1)
-            assert past.values is not None
             written_values = torch.cat([past.values[:, None], values], dim=1)
             weights = torch.cat([self.write_weights(past.keys)[:, None], weights], dim=1)
         features = elu_features(written_keys)
@@ -221,10 +220,9 @@ def local_attention(
 ) -> Tensor:
     """Causal attention to this segment and the one before it; shapes as `CompressiveAttention.project` returns."""
     batch, num_segments, num_heads, groups, length, head_dim = queries.shape
-    if past is None or past.keys is None:
+    if past is None:
         previous_keys, previous_values = torch.zeros_like(keys[:, :1]), torch.zeros_like(values[:, :1])
     else:
-        assert past.values is not None
         previous_keys, previous_values = past.keys[:, None], past.values[:, None]
     keys_before = torch.cat([previous_keys, keys[:, :-1]], dim=1)
     values_before = torch.cat([previous_values, values[:, :-1]], dim=1)
@@ -236,7 +234,7 @@ def local_attention(
         turned.reshape(batch * num_segments, num_heads, groups * length, head_dim),
         window_keys.view(batch * num_segments, num_heads, 2 * length, head_dim),
         window_values.view(batch * num_segments, num_heads, 2 * length, head_dim),
-        attn_mask=plan.local_mask(batch, num_segments, groups, has_past=past is not None and past.keys is not None),
+        attn_mask=plan.local_mask(batch, num_segments, groups, has_past=past is not None),
     )
     return attended.view_as(queries)
 

@@ -1,12 +1,13 @@
-"""Writes trained weights as the checkpoint directory that the decoder loads."""
+"""Writes trained weights as the checkpoint directory that the decoder loads, and reads them back."""
 
 import json
 from pathlib import Path
 
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
+from eunoe.decoder.checkpoint import load_config
 from eunoe.decoder.config import DecoderConfig, RopeConfig
-from eunoe.training.decoder.differentiable import NanoDecoder
+from eunoe.training.decoder.differentiable import NanoConfig, NanoDecoder
 
 
 def export(model: NanoDecoder, directory: Path, segment_length: int, trained_length: int) -> None:
@@ -51,3 +52,33 @@ def export(model: NanoDecoder, directory: Path, segment_length: int, trained_len
         },
     }
     (directory / "config.json").write_text(json.dumps(described, indent=2) + "\n")
+
+
+def load(directory: Path) -> NanoDecoder:
+    """What `export` wrote, for many sequences side by side.
+
+    Raises:
+        ValueError: If the directory holds no model with a compressive memory.
+    """
+    shape = load_config(directory)
+    if shape.compressive_memory is None:
+        raise ValueError(f"the model in {directory} has no compressive memory")
+    model = NanoDecoder(
+        NanoConfig(
+            num_layers=shape.num_layers,
+            hidden_size=shape.dim,
+            num_query_heads=shape.num_query_heads,
+            num_kv_heads=shape.num_kv_heads,
+            head_dim=shape.head_dim,
+            intermediate_size=shape.ffn_dim,
+            vocab_size=shape.vocab_size,
+            rope_theta=shape.rope.theta,
+            rms_norm_eps=shape.norm_eps,
+            update_rule=shape.compressive_memory.update_rule,
+            has_write_gate=shape.compressive_memory.has_write_gate,
+            uses_gamma=shape.compressive_memory.uses_gamma,
+        )
+    )
+    tensors = load_file(directory / "model.safetensors")
+    model.load_state_dict({name.removeprefix("model."): tensor for name, tensor in tensors.items()})
+    return model

@@ -43,6 +43,7 @@ class PasskeyTask:
     Attributes:
         length: Bytes of a sample.
         first_gap: Fewest and most bytes of filler between the needle and the first question.
+        near_share: Share of samples whose first gap is drawn from `near_gap` instead, so that no needle is too near.
         gap: The same between questions.
         questions_bytes: Most bytes left at the end for questions; what is left beyond them lies before the needle.
         fillers: What is drawn from, with its shares.
@@ -57,6 +58,8 @@ class PasskeyTask:
     fillers: tuple[tuple[FillerName, float], ...] = (("paper", 1.0),)
     two_keys_share: float = 0.0
     introduction_share: float = 0.0
+    near_share: float = 0.0
+    near_gap: tuple[int, int] = (0, 300)
     split: Split = "train"
 
 
@@ -89,7 +92,8 @@ def draw(task: PasskeyTask, generator: np.random.Generator) -> Sample:
     least_room = len(question()) + NUM_DIGITS + 2
     room = int(generator.integers(least_room, max(task.questions_bytes, least_room) + 1))
     num_left = task.length - writer.length - len(keys) * (len(needle("")) + 2 * NUM_DIGITS) - room
-    first_gap = min(int(generator.integers(task.first_gap[0], task.first_gap[1] + 1)), max(0, num_left))
+    low, high = task.near_gap if generator.random() < task.near_share else task.first_gap
+    first_gap = min(int(generator.integers(low, high + 1)), max(0, num_left))
     fill(max(0, num_left - first_gap), max(0, num_left - first_gap))
     for index in order:
         key_name = list(keys)[index]

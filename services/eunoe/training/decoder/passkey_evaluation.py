@@ -41,7 +41,7 @@ class PasskeyScore:
 def passkey_case(
     num_bytes: int, depth: float, generator: np.random.Generator, filler_name: FillerName = "paper"
 ) -> PasskeyCase:
-    """A prompt of at most `num_bytes` bytes, less than one sentence short of it."""
+    """A prompt of at most `num_bytes` bytes, less than one sentence or verse short of it."""
     key = draw_key(generator)
     fixed = len(INTRODUCTION) + len(needle(key)) + len(question())
     if num_bytes < fixed:
@@ -66,17 +66,33 @@ def answers(
     if longest - shortest >= segment_length:
         raise ValueError(f"prompts of {shortest} to {longest} bytes do not run side by side")
     # They end together: of longer prompts a few leading bytes of the introduction go.
-    prompts = torch.from_numpy(np.stack([np.frombuffer(case.prompt[-shortest:], np.uint8) for case in cases]))
+    prompts = np.stack([np.frombuffer(case.prompt[-shortest:], np.uint8) for case in cases])
     plan = SegmentPlan(model.config, segment_length, uses_memory=memory_use != "window_only")
     num_segments = (shortest - 1) // segment_length
     states: list[LayerState] | None = None
+    # Prompts that have been the same so far are read once: `rows` says which state is whose.
+    rows = np.zeros(len(cases), np.int64)
     for index in range(num_segments):
-        block = prompts[:, index * segment_length : (index + 1) * segment_length].long()
-        _, states = model(block, plan, states)
+        block = prompts[:, index * segment_length : (index + 1) * segment_length]
+        _, firsts, new_rows = np.unique(
+            np.concatenate([rows[:, None], block], axis=1), axis=0, return_index=True, return_inverse=True
+        )
+        if states is not None and not np.array_equal(rows[firsts], np.arange(states[0].memory.shape[0])):
+            states = _picked(states, rows[firsts])
+        rows = new_rows.reshape(-1)
+        _, states = model(torch.from_numpy(block[firsts].astype(np.int64)), plan, states)
+    if states is not None:
+        states = _picked(states, rows)
     if memory_use == "zeroed" and states is not None:
         for state in states:
             state.memory = torch.zeros_like(state.memory)
-    return _generate(model, plan, prompts[:, num_segments * segment_length :].long(), states)
+    tail = torch.from_numpy(prompts[:, num_segments * segment_length :].astype(np.int64))
+    return _generate(model, plan, tail, states)
+
+
+def _picked(states: list[LayerState], rows: np.ndarray) -> list[LayerState]:
+    picked = torch.from_numpy(rows)
+    return [LayerState(state.keys[picked], state.values[picked], state.memory[picked]) for state in states]
 
 
 def _generate(model: NanoDecoder, plan: SegmentPlan, tail: Tensor, states: list[LayerState] | None) -> list[bytes]:

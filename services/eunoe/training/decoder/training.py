@@ -27,6 +27,7 @@ class TrainingConfig:
 
     Attributes:
         gate_learning_rate: Of memory and write gates, which move too little at the others' rate.
+        uses_memory: Whether the memory is read; without, the same model learns from its window alone.
         answer_weight, copy_weight, text_weight: What the mean losses of answers, second mentions and text count.
         steps_per_report, steps_per_checkpoint: How often a line is written, and the checkpoint.
     """
@@ -39,12 +40,12 @@ class TrainingConfig:
     weight_decay: float = 0.01
     num_warmup_steps: int = 100
     gradient_clip: float = 1.0
+    uses_memory: bool = True
     answer_weight: float = 1.0
     copy_weight: float = 0.3
     text_weight: float = 0.1
     steps_per_report: int = 25
     steps_per_checkpoint: int = 100
-    initial_weights: str | None = None
 
 
 @dataclass(slots=True)
@@ -55,16 +56,24 @@ class _Progress:
     accuracies: list[float] = field(default_factory=list)
 
 
-def train(config: TrainingConfig, run_directory: Path, on_step: OnStep | None = None) -> NanoDecoder:
+def train(
+    config: TrainingConfig, run_directory: Path, on_step: OnStep | None = None, start: NanoDecoder | None = None
+) -> NanoDecoder:
     """Train through all stages, from `run_directory`'s checkpoint if there is one.
 
     Writes `checkpoint.pt` (atomically) and one line a report to `curve.jsonl`.
+
+    Args:
+        config: The run; a resumed run goes on only under the same one.
+        run_directory: Made if missing.
+        on_step: Called with each report; what it raises ends the run, which can be resumed.
+        start: Weights to begin from instead of random ones.
     """
     run_directory.mkdir(parents=True, exist_ok=True)
     model = NanoDecoder(config.model)
     model.initialize(torch.Generator().manual_seed(config.seed))
-    if config.initial_weights is not None:
-        model.load_state_dict(torch.load(config.initial_weights, weights_only=True)["model"])
+    if start is not None:
+        model.load_state_dict(start.state_dict())
     optimizer = torch.optim.AdamW(_parameter_groups(model, config), betas=(0.9, 0.95), eps=1e-8)
     progress = _Progress()
     path = run_directory / "checkpoint.pt"
@@ -135,7 +144,9 @@ def _step(
     tokens = torch.from_numpy(np.stack([sample.tokens for sample in samples]).astype(np.int64))
     kinds = torch.from_numpy(np.stack([sample.kinds for sample in samples]))
     distances = torch.from_numpy(np.stack([sample.distances for sample in samples]))
-    plan = SegmentPlan(config.model, stage.segment_length, stage.write_scale(kinds, generator))
+    plan = SegmentPlan(
+        config.model, stage.segment_length, stage.write_scale(kinds, generator), uses_memory=config.uses_memory
+    )
     hidden, _ = model(tokens, plan)
     targets, kinds, distances = tokens[:, 1:], kinds[:, 1:], distances[:, 1:]
     logits = model.logits(hidden[:, :-1])

@@ -1,7 +1,8 @@
 """What needles are hidden in: a book's verses, and Python sources. What trains a policy never tests it.
 
 Of the book the first 70% trains and the rest tests. Code that trains is the interpreter's standard library, code that
-tests is this package's own: both are there wherever it runs, and neither has to be shipped.
+tests is a part of torch's: both are there wherever this package runs, and neither has to be shipped. `constraints.txt`
+pins torch exactly, so that cases stay the same from commit to commit.
 """
 
 import functools
@@ -11,14 +12,17 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
+import torch
+
 import eunoe
 
 Split = Literal["train", "test"]
 HaystackName = Literal["book", "code"]
 
-_PACKAGE = Path(eunoe.__path__[0])
-_BOOK = _PACKAGE.parents[1] / "examples" / "kjv.txt.gz"
+_BOOK = Path(eunoe.__path__[0]).parents[1] / "examples" / "kjv.txt.gz"
 _TRAINING_SHARE = 0.7
+# Written by hand, and the same in torch's builds for CPU and CUDA.
+_TESTING_CODE = ("nn/modules", "optim", "distributions")
 
 
 @functools.cache
@@ -30,7 +34,7 @@ def lines(name: HaystackName, split: Split) -> tuple[str, ...]:
         ValueError: If there is no such haystack.
     """
     if name == "code":
-        return _training_code() if split == "train" else _own_code()
+        return _training_code() if split == "train" else _testing_code()
     if name != "book":
         raise ValueError(f"haystack {name!r} is neither book nor code")
     verses = gzip.decompress(_BOOK.read_bytes()).decode().splitlines(keepends=True)
@@ -42,8 +46,9 @@ def _training_code() -> tuple[str, ...]:
     return _lines_of(sorted(Path(sysconfig.get_path("stdlib")).glob("[a-z]*.py")))
 
 
-def _own_code() -> tuple[str, ...]:
-    return _lines_of(path for path in sorted(_PACKAGE.rglob("*.py")) if "_pb2" not in path.name)
+def _testing_code() -> tuple[str, ...]:
+    package = Path(torch.__path__[0])
+    return _lines_of(path for directory in _TESTING_CODE for path in sorted((package / directory).glob("*.py")))
 
 
 def _lines_of(paths: Iterable[Path]) -> tuple[str, ...]:

@@ -63,7 +63,7 @@ def cases(
         kind: Of `KINDS`; the pairs that make sense are in `SUITE`.
         num_tokens: Of each context, exactly.
         count: How many.
-        seed: Equal arguments make equal cases, on one version of the interpreter and of this package.
+        seed: Equal arguments make equal cases, on one version of the interpreter and of torch.
         split: Nothing that `train` has is in `test`: neither template nor piece of haystack.
         tokenizer: Of the model that will be asked.
 

@@ -1,0 +1,74 @@
+"""How far a hidden key stands out from the filler in every head's memory: what decides how long it can be recalled.
+
+A query reads a token in proportion to sigma(q) . sigma(k) times the token's write weight. T bytes of filler dilute a
+key by T, so a head still reads the key after T bytes if its margin, in nats, is above ln T.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from eunoe.training.decoder.differentiable import CompressiveAttention, NanoDecoder, SegmentPlan, elu_features
+from eunoe.training.decoder.passkey_evaluation import PasskeyCase
+
+
+@dataclass(frozen=True, slots=True)
+class HeadMargin:
+    """One query head.
+
+    Attributes:
+        gate: The share of its output that it takes from the memory.
+        margin: ln of the needle's whole weight over the mean weight of a byte of filler, the least over the digits.
+        worst_margin: The same over the heaviest byte of filler.
+    """
+
+    layer: int
+    query_head: int
+    gate: float
+    margin: float
+    worst_margin: float
+
+    def share_after(self, num_bytes: int) -> float:
+        """The needle's share of what is read after `num_bytes` bytes of filler, under the linear rule."""
+        return 1.0 / (1.0 + num_bytes * math.exp(-self.margin))
+
+
+@torch.no_grad()
+def head_margins(model: NanoDecoder, case: PasskeyCase, segment_length: int) -> list[HeadMargin]:
+    """Margins of all query heads for one prompt and its answer, read in one pass."""
+    text = case.prompt + case.answer
+    needle_start = text.index(b"The pass key is ")
+    needle_end = text.index(b" is the pass key. ") + len(b" is the pass key. ")
+    question_start = text.rindex(b"What is the pass key?")
+    answer_start = len(case.prompt)
+    is_filler = torch.ones(len(text), dtype=torch.bool)
+    is_filler[needle_start:needle_end] = False
+    is_filler[question_start:] = False
+    is_filler[:segment_length] = False
+    padded = torch.tensor([list(text) + [0] * (-len(text) % segment_length)])
+    inputs: list[Tensor] = []
+    attentions = [module for module in model.modules() if isinstance(module, CompressiveAttention)]
+    handles = [
+        attention.register_forward_pre_hook(lambda _, given: inputs.append(given[0])) for attention in attentions
+    ]
+    try:
+        model(padded, SegmentPlan(model.config, segment_length))
+    finally:
+        for handle in handles:
+            handle.remove()
+    found = []
+    gates = model.memory_gates()
+    for index, (attention, hidden) in enumerate(zip(attentions, inputs, strict=True)):
+        queries, keys, _ = attention.project(hidden, padded.shape[1])
+        written = (elu_features(keys) * attention.write_weights(keys))[0, 0, :, : len(text)]
+        # The byte before a digit asks for it.
+        asking = elu_features(queries)[0, 0, :, :, answer_start : answer_start + len(case.answer) - 2]
+        read = torch.einsum("hgqd,htd->hgqt", asking, written)
+        in_needle = read[..., needle_start:needle_end].sum(-1)
+        filler = read[..., is_filler]
+        margin = (in_needle.log() - filler.mean(-1).log()).amin(-1).flatten().tolist()
+        worst = (in_needle.log() - filler.amax(-1).log()).amin(-1).flatten().tolist()
+        found += [HeadMargin(index, head, gates[index][head], margin[head], worst[head]) for head in range(len(margin))]
+    return found
