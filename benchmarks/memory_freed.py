@@ -22,6 +22,7 @@ from eunoe.decoder.tokenizer import Tokenizer, load_tokenizer
 from eunoe.embedded.models import DEFAULT_MODEL, resolve_model
 from eunoe.embedded.platform import Platform
 from eunoe.eviction import POLICIES, EvictionPolicy, Namm
+from eunoe.eviction.policy_files import SHIPPED
 
 BOOK = Path(__file__).parents[1] / "examples" / "kjv.txt.gz"
 SHARE = 0.25
@@ -53,7 +54,11 @@ def main() -> None:
     report.add("rss_mb_25", bounded_rss / 1e6, "the same with a quarter of the slots")
     report.add("memory_freed_25", 1 - bounded_rss / full_rss, "of the worker's RSS beyond an empty one's")
 
-    policies: dict[str, EvictionPolicy] = {**POLICIES, "namm": Namm.untrained()}
+    policies: dict[str, EvictionPolicy] = {
+        **POLICIES,
+        "namm": Namm.untrained(),
+        "smollm2_namm": Namm.load(SHIPPED / "smollm2-namm.safetensors"),
+    }
     all_state = a_state(directory, full, None)
     for name, policy in policies.items():
         state, label = a_state(directory, bounded, policy), name.partition("/")[0]
