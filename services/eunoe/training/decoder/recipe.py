@@ -133,7 +133,6 @@ TWIN = replace(READING, uses_memory=False, answer_weight=0.0)
 """The same start, data and steps without reading the memory: what `READING` is compared with."""
 
 
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Recipe:
     """Three runs, each from where the one before ended; between the first two the model becomes deeper."""

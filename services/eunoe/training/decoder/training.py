@@ -191,9 +191,7 @@ def _step(
     # What this worker adds to each mean.
     means = {name: (losses * mask).sum() / count for (name, mask), count in zip(masks.items(), counts, strict=True)}
     loss = (
-        config.answer_weight * means["answer"]
-        + config.copy_weight * means["copy"]
-        + config.text_weight * means["text"]
+        config.answer_weight * means["answer"] + config.copy_weight * means["copy"] + config.text_weight * means["text"]
     )
     optimizer.zero_grad(set_to_none=True)
     loss.backward()

@@ -34,8 +34,8 @@ def draw_training_curve(reports: Sequence[dict[str, Any]], path: Path) -> None:
     margin_axes.legend()
     # Runs have different numbers of heads: each run's heads are lines of their own.
     for start, end in zip(starts, [*starts[1:], len(reports)], strict=True):
-        heads = zip(*([gate for layer in report["memory_gates"] for gate in layer] for report in reports[start:end]))
-        for gates in heads:
+        rows = [[gate for layer in report["memory_gates"] for gate in layer] for report in reports[start:end]]
+        for gates in zip(*rows, strict=True):
             gate_axes.plot(steps[start:end], gates, linewidth=0.8)
     gate_axes.set_ylim(0, 1)
     gate_axes.set_ylabel("memory gates")
