@@ -118,7 +118,7 @@ READING = replace(
             ),
             segment_length=SEGMENT_LENGTH,
             bytes_per_step=12_288,
-            max_steps=550,
+            max_steps=400,
             max_dilution=1600.0,
             diluted_share=0.4,
             shortest=0.75,
