@@ -98,6 +98,49 @@ def _namm(
         print(f"{policy.name} is in {out / 'policy.safetensors'}; card.json says what it was made from")
 
 
+@train.command("decoder")
+def _decoder(
+    out: Annotated[Path, typer.Option(help="Directory of the run; one that was interrupted there goes on.")],
+    name: Annotated[str, typer.Option(help="Of the model, and of its directory in the run's.")] = "eunoe-nano",
+    seed: Annotated[int, typer.Option(min=0, help="Of first weights and samples; 0 is that of the shipped model.")] = 0,
+    workers: Annotated[int, typer.Option(min=1, help="They share the samples of each step.")] = 1,
+    threads: Annotated[int, typer.Option(min=1, help="Threads, and Ray's CPUs, of each worker.")] = 1,
+    window_only: Annotated[
+        bool, typer.Option("--window-only", help="Read the book without the memory: a twin to compare with.")
+    ] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="A tiny model in a few steps: does everything work?")] = False,
+    ray_address: Annotated[
+        str | None, typer.Option(help="Ray cluster to use (auto, host:port); default: a Ray of this machine alone.")
+    ] = None,
+    json_output: JsonOption = False,
+) -> None:
+    """Train the byte-level decoder whose compressive memory recalls what left its window. Ctrl-C stops; the same
+    command goes on.
+
+    From random weights, by the recipe of eunoe-nano: hours on one thread. Writes curve.jsonl and curve.png (losses,
+    answers, gates, and how far a hidden key stands out in the memory), and at the end the model's directory, which
+    `eunoe up --model` takes.
+    """
+    from eunoe.training.ray_session import ray_session
+
+    with ray_session(ray_address, num_cpus=workers * threads, num_threads=threads):
+        # They import Ray, which has its environment only now.
+        from eunoe.cli.training_progress import DecoderTrainingProgress
+        from eunoe.training.decoder.ray_training import DecoderTraining, train_decoder
+        from eunoe.training.decoder.recipe import NANO, NANO_TWIN, QUICK
+
+        recipe = QUICK if quick else NANO_TWIN if window_only else NANO
+        training = DecoderTraining(
+            directory=out, name=name, recipe=recipe.seeded(seed), num_workers=workers, num_threads=threads
+        )
+        with DecoderTrainingProgress(recipe, print_json if json_output else None) as progress:
+            path = train_decoder(training, progress)
+    if json_output:
+        print_json({"name": name, "model": str(path)})
+    else:
+        print(f"{name} is in {path}; curve.png beside it shows how it was trained")
+
+
 @train.command("novelty")
 def _novelty(
     out: Annotated[Path, typer.Option(help="The NAMM file to write.")],

@@ -11,10 +11,15 @@ from eunoe.training.evolution import Generation
 from eunoe.training.run_directory import write_whole
 
 
+def new_figure(width: float, height: float) -> Figure:
+    """A figure of so many inches."""
+    # Not pyplot, which keeps every figure and may want a screen.
+    return Figure(figsize=(width, height), layout="constrained")
+
+
 def draw_curve(generations: Sequence[Generation], path: Path) -> None:
     """Write a PNG: best and mean fitness of each generation, validation of the mean, and sigma."""
-    # Not pyplot, which keeps every figure and may want a screen.
-    figure = Figure(figsize=(8, 5), layout="constrained")
+    figure = new_figure(8, 5)
     fitness_axes, sigma_axes = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
     evolved = [generation for generation in generations if generation.ranking]
     numbers = [generation.number for generation in evolved]
@@ -28,6 +33,11 @@ def draw_curve(generations: Sequence[Generation], path: Path) -> None:
     sigma_axes.set_ylabel("sigma")
     sigma_axes.set_xlabel("generation")
     sigma_axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    write_figure(figure, path)
+
+
+def write_figure(figure: Figure, path: Path) -> None:
+    """Write a PNG, or leave what was there."""
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=120)
     write_whole(path, content.getvalue())

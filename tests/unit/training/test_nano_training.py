@@ -153,6 +153,13 @@ def test_prompts_that_share_a_beginning_are_answered_as_if_alone() -> None:
     assert answers(model, cases, 64) == [answers(model, [case], 64)[0] for case in cases]
 
 
+def test_prompts_of_any_lengths_are_answered_in_their_order() -> None:
+    model, generator = _model(), np.random.default_rng(8)
+    cases = [passkey_case(length, 0.5, generator, "book") for length in (1500, 700, 1480, 720)]
+    assert len({len(case.prompt) // 64 for case in cases}) > 1
+    assert answers(model, cases, 64) == [answers(model, [case], 64)[0] for case in cases]
+
+
 def test_window_only_does_not_read_what_left_the_window() -> None:
     model = _model()
     # Random weights say nothing of a needle; large values make every read of the memory show.

@@ -111,7 +111,9 @@ class CompressiveAttention(nn.Module):
         if not plan.uses_memory:
             gate = torch.zeros_like(gate)
         mixed = torch.lerp(local, retrieved, gate)
-        return self.o_proj(mixed.permute(0, 1, 4, 2, 3, 5).reshape(batch, length, -1)), state
+        # Spelt out, not -1: a worker may have no sample.
+        query_size = self.config.num_query_heads * self.config.head_dim
+        return self.o_proj(mixed.permute(0, 1, 4, 2, 3, 5).reshape(batch, length, query_size)), state
 
     def _scan(
         self, keys: Tensor, values: Tensor, plan: "SegmentPlan", past: LayerState | None

@@ -52,7 +52,6 @@ def passkey_case(
     return PasskeyCase(text.encode(), f" {key}.".encode(), depth)
 
 
-@torch.no_grad()
 def answers(
     model: NanoDecoder, cases: list[PasskeyCase], segment_length: int, memory_use: MemoryUse = "all"
 ) -> list[bytes]:
@@ -61,10 +60,25 @@ def answers(
     Args:
         memory_use: `window_only` never mixes the memory in; `zeroed` forgets it just before the question's end.
     """
+    given = [b""] * len(cases)
+    left = sorted(range(len(cases)), key=lambda index: len(cases[index].prompt))
+    while left:
+        # Only prompts of about a length are read side by side: those of a book differ by a verse.
+        limit = len(cases[left[0]].prompt) + segment_length
+        group = [index for index in left if len(cases[index].prompt) < limit]
+        left = left[len(group) :]
+        found = _answers_side_by_side(model, [cases[index] for index in group], segment_length, memory_use)
+        for index, answer in zip(group, found, strict=True):
+            given[index] = answer
+    return given
+
+
+@torch.no_grad()
+def _answers_side_by_side(
+    model: NanoDecoder, cases: list[PasskeyCase], segment_length: int, memory_use: MemoryUse
+) -> list[bytes]:
+    """Answers to prompts whose lengths differ by less than a segment."""
     shortest = min(len(case.prompt) for case in cases)
-    longest = max(len(case.prompt) for case in cases)
-    if longest - shortest >= segment_length:
-        raise ValueError(f"prompts of {shortest} to {longest} bytes do not run side by side")
     # They end together: of longer prompts a few leading bytes of the introduction go.
     prompts = np.stack([np.frombuffer(case.prompt[-shortest:], np.uint8) for case in cases])
     plan = SegmentPlan(model.config, segment_length, uses_memory=memory_use != "window_only")

@@ -1,6 +1,6 @@
 """How eunoe-nano is trained: four layers learn to recall, eight go on from them, and then read a book as well."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -10,7 +10,7 @@ from eunoe.training.decoder.curriculum import Stage
 from eunoe.training.decoder.differentiable import NanoConfig, NanoDecoder
 from eunoe.training.decoder.growth import grown
 from eunoe.training.decoder.passkey import PasskeyTask
-from eunoe.training.decoder.training import OnStep, TrainingConfig, train
+from eunoe.training.decoder.training import OnCheckpoint, OnStep, TrainingConfig, train
 
 SEGMENT_LENGTH = 128
 LONGEST = 5120
@@ -118,7 +118,7 @@ READING = replace(
             ),
             segment_length=SEGMENT_LENGTH,
             bytes_per_step=12_288,
-            max_steps=550,
+            max_steps=400,
             max_dilution=1600.0,
             diluted_share=0.4,
             shortest=0.75,
@@ -133,9 +133,72 @@ TWIN = replace(READING, uses_memory=False, answer_weight=0.0)
 """The same start, data and steps without reading the memory: what `READING` is compared with."""
 
 
-def train_nano(run_directory: Path, on_step: OnStep | None = None) -> NanoDecoder:
-    """All three runs, each resumable from its own directory below `run_directory`."""
-    shallow = train(SHALLOW, run_directory / "shallow", on_step)
-    start = grown(shallow, DEEP.model.num_layers, torch.Generator().manual_seed(DEEP.seed))
-    deep = train(DEEP, run_directory / "deep", on_step, start)
-    return train(READING, run_directory / "reading", on_step, deep)
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recipe:
+    """Three runs, each from where the one before ended; between the first two the model becomes deeper."""
+
+    shallow: TrainingConfig
+    deep: TrainingConfig
+    reading: TrainingConfig
+
+    def runs(self) -> dict[str, TrainingConfig]:
+        """The runs in their order, by the names of their directories."""
+        return {"shallow": self.shallow, "deep": self.deep, "reading": self.reading}
+
+    def longest(self) -> int:
+        """Bytes of the longest samples."""
+        return max(stage.task.length for config in self.runs().values() for stage in config.stages)
+
+    def seeded(self, seed: int) -> "Recipe":
+        """The same with other samples and first weights; 0 is the recipe as it stands."""
+        return Recipe(**{name: replace(config, seed=config.seed + 100 * seed) for name, config in self.runs().items()})
+
+
+NANO = Recipe(shallow=SHALLOW, deep=DEEP, reading=READING)
+NANO_TWIN = replace(NANO, reading=TWIN)
+
+
+def _in_a_few_steps(config: TrainingConfig) -> TrainingConfig:
+    """All that a run does, on a tiny model and short samples."""
+    model = NanoConfig(
+        num_layers=config.model.num_layers // 4,
+        hidden_size=16,
+        num_query_heads=2,
+        num_kv_heads=1,
+        head_dim=8,
+        intermediate_size=24,
+    )
+    stages = tuple(
+        replace(stage, task=replace(stage.task, length=512), segment_length=32, bytes_per_step=1024, max_steps=4)
+        for stage in (config.stages[0], config.stages[-1])
+    )
+    return replace(config, model=model, stages=stages, num_warmup_steps=2, steps_per_report=2, steps_per_checkpoint=6)
+
+
+QUICK = Recipe(**{name: _in_a_few_steps(config) for name, config in NANO.runs().items()})
+"""Shows that everything works; learns nothing."""
+
+
+def train_nano(
+    recipe: Recipe,
+    run_directory: Path,
+    on_step: OnStep | None = None,
+    on_checkpoint: OnCheckpoint | None = None,
+) -> NanoDecoder:
+    """All runs of a recipe, each resumable from its own directory below `run_directory`.
+
+    Args:
+        on_step: See `train`; a report also has the name of its run.
+        on_checkpoint: See `train`.
+    """
+
+    def told(name: str) -> OnStep:
+        return lambda report: on_step({"run": name} | report) if on_step is not None else None
+
+    model: NanoDecoder | None = None
+    for name, config in recipe.runs().items():
+        if model is not None and model.config != config.model:
+            model = grown(model, config.model.num_layers, torch.Generator().manual_seed(config.seed))
+        model = train(config, run_directory / name, told(name), model, on_checkpoint)
+    assert model is not None
+    return model

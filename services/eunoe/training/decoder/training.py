@@ -1,4 +1,4 @@
-"""The training loop: deterministic from a seed, resumable from one file."""
+"""The training loop: deterministic from a seed, resumable from one file, shared by any number of workers."""
 
 import io
 import json
@@ -14,11 +14,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from eunoe.training.decoder.curriculum import Stage
+from eunoe.training.decoder.data_parallel import rank_and_count, sum_gradients, summed
 from eunoe.training.decoder.differentiable import NanoConfig, NanoDecoder, SegmentPlan
+from eunoe.training.decoder.margin import head_margins
 from eunoe.training.decoder.passkey import ANSWER, COPY, PLAIN, draw
+from eunoe.training.decoder.passkey_evaluation import passkey_case
 from eunoe.training.run_directory import write_whole
 
 OnStep = Callable[[dict[str, Any]], None]
+OnCheckpoint = Callable[[], None]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,17 +61,23 @@ class _Progress:
 
 
 def train(
-    config: TrainingConfig, run_directory: Path, on_step: OnStep | None = None, start: NanoDecoder | None = None
+    config: TrainingConfig,
+    run_directory: Path,
+    on_step: OnStep | None = None,
+    start: NanoDecoder | None = None,
+    on_checkpoint: OnCheckpoint | None = None,
 ) -> NanoDecoder:
     """Train through all stages, from `run_directory`'s checkpoint if there is one.
 
-    Writes `checkpoint.pt` (atomically) and one line a report to `curve.jsonl`.
+    The first worker writes `checkpoint.pt` (atomically) and one line a report to `curve.jsonl`; any other must find
+    the same checkpoint in its own directory.
 
     Args:
         config: The run; a resumed run goes on only under the same one.
         run_directory: Made if missing.
         on_step: Called with each report; what it raises ends the run, which can be resumed.
         start: Weights to begin from instead of random ones.
+        on_checkpoint: Called by every worker whenever the first has written a checkpoint.
     """
     run_directory.mkdir(parents=True, exist_ok=True)
     model = NanoDecoder(config.model)
@@ -82,6 +92,7 @@ def train(
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         progress = _Progress(**saved["progress"])
+    is_first = rank_and_count()[0] == 0
     started = time.monotonic()
     num_bytes = 0
     while progress.stage < len(config.stages):
@@ -95,14 +106,16 @@ def train(
         num_bytes += report["num_bytes"]
         progress.accuracies = [*progress.accuracies[-49:], report["far_accuracy"]]
         mean_accuracy = sum(progress.accuracies) / len(progress.accuracies)
-        if progress.step % config.steps_per_report == 0:
+        if is_first and progress.step % config.steps_per_report == 0:
             report |= {
                 "step": progress.step,
                 "stage": progress.stage,
+                "stage_step": progress.stage_step,
                 "mean_far_accuracy": mean_accuracy,
                 "learning_rate": config.learning_rate * factor,
                 "bytes_per_second": num_bytes / (time.monotonic() - started),
                 "memory_gates": [[round(gate, 3) for gate in layer] for layer in model.memory_gates()],
+                "margin": _margin(model, stage.segment_length) if config.uses_memory else None,
             }
             with (run_directory / "curve.jsonl").open("a") as curve:
                 curve.write(json.dumps(report) + "\n")
@@ -113,8 +126,17 @@ def train(
         if is_over:
             progress.stage, progress.stage_step, progress.accuracies = progress.stage + 1, 0, []
         if is_over or progress.step % config.steps_per_checkpoint == 0:
-            _save(path, model, optimizer, progress)
+            if is_first:
+                _save(path, model, optimizer, progress)
+            if on_checkpoint is not None:
+                on_checkpoint()
     return model
+
+
+def _margin(model: NanoDecoder, segment_length: int) -> float:
+    """Of the head that brings back most: what it reads of a needle counts as far as its gate is open."""
+    heads = head_margins(model, passkey_case(16 * segment_length + 512, 0.5, np.random.default_rng(0)), segment_length)
+    return max(heads, key=lambda head: head.gate * head.margin).margin
 
 
 def _parameter_groups(model: NanoDecoder, config: TrainingConfig) -> list[dict[str, Any]]:
@@ -144,42 +166,52 @@ def _step(
     tokens = torch.from_numpy(np.stack([sample.tokens for sample in samples]).astype(np.int64))
     kinds = torch.from_numpy(np.stack([sample.kinds for sample in samples]))
     distances = torch.from_numpy(np.stack([sample.distances for sample in samples]))
-    plan = SegmentPlan(
-        config.model, stage.segment_length, stage.write_scale(kinds, generator), uses_memory=config.uses_memory
-    )
+    write_scale = stage.write_scale(kinds, generator)
+    num_bytes = tokens.numel()
+    # Each worker draws all samples and reads its own, which may be none; means are over those of all workers.
+    rank, num_workers = rank_and_count()
+    tokens, kinds, distances = tokens[rank::num_workers], kinds[rank::num_workers], distances[rank::num_workers]
+    if isinstance(write_scale, Tensor):
+        write_scale = write_scale[rank::num_workers]
+    plan = SegmentPlan(config.model, stage.segment_length, write_scale, uses_memory=config.uses_memory)
     hidden, _ = model(tokens, plan)
     targets, kinds, distances = tokens[:, 1:], kinds[:, 1:], distances[:, 1:]
     logits = model.logits(hidden[:, :-1])
     losses = functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), targets.reshape(-1), reduction="none")
     losses = losses.view_as(targets)
-    answer_loss = _mean(losses, kinds == ANSWER)
-    copy_loss = _mean(losses, kinds == COPY)
-    text_loss = _mean(losses, kinds == PLAIN)
-    loss = config.answer_weight * answer_loss + config.copy_weight * copy_loss + config.text_weight * text_loss
+    is_answer = kinds == ANSWER
+    masks = {
+        "answer": is_answer,
+        "far_answer": is_answer & (distances > 2 * stage.segment_length),
+        "near_answer": is_answer & (distances <= stage.segment_length),
+        "copy": kinds == COPY,
+        "text": kinds == PLAIN,
+    }
+    counts = summed(torch.stack([mask.sum() for mask in masks.values()])).clamp(min=1)
+    # What this worker adds to each mean.
+    means = {name: (losses * mask).sum() / count for (name, mask), count in zip(masks.items(), counts, strict=True)}
+    loss = (
+        config.answer_weight * means["answer"] + config.copy_weight * means["copy"] + config.text_weight * means["text"]
+    )
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
+    sum_gradients(list(model.parameters()))
     others = [parameter for group in optimizer.param_groups[1:] for parameter in group["params"]]
     norm = torch.nn.utils.clip_grad_norm_(others, config.gradient_clip)
     optimizer.step()
     with torch.no_grad():
-        is_right = logits.argmax(-1) == targets
-        is_far = (kinds == ANSWER) & (distances > 2 * stage.segment_length)
-        is_near = (kinds == ANSWER) & (distances <= stage.segment_length)
-        return {
-            "num_bytes": tokens.numel(),
-            "loss": loss.item(),
-            "answer_loss": answer_loss.item(),
-            "far_answer_loss": _mean(losses, is_far).item(),
-            "copy_loss": copy_loss.item(),
-            "text_loss": text_loss.item(),
-            "far_accuracy": _mean(is_right.float(), is_far).item(),
-            "near_accuracy": _mean(is_right.float(), is_near).item(),
-            "gradient_norm": norm.item(),
+        is_right = (logits.argmax(-1) == targets).float()
+        shares = {
+            f"{name}_accuracy": (is_right * masks[f"{name}_answer"]).sum() / count
+            for name, count in (("far", counts[1]), ("near", counts[2]))
         }
-
-
-def _mean(values: Tensor, mask: Tensor) -> Tensor:
-    return (values * mask).sum() / mask.sum().clamp(min=1)
+        added = {
+            "loss": loss,
+            **{f"{name}_loss": mean for name, mean in means.items() if name != "near_answer"},
+            **shares,
+        }
+        totals = summed(torch.stack(list(added.values())).detach()).tolist()
+    return {"num_bytes": num_bytes, **dict(zip(added, totals, strict=True)), "gradient_norm": norm.item()}
 
 
 def _save(path: Path, model: NanoDecoder, optimizer: torch.optim.Optimizer, progress: _Progress) -> None:
