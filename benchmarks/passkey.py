@@ -2,10 +2,13 @@
 
 The task is that of Infini-attention's appendix B: a key of five digits hidden at the start, in the middle or at the
 end of filler, asked for after all of it. `passkey_<length>_<depth>` is the share of digits that are right (guessing:
-0.1), `..._exact` that of whole answers. By default each document is streamed into a platform of two workers over gRPC
-and asked about by Generate; of each length the first stream is then verified by the other worker, which folds its log
-anew to the same digest. A stream whose owner is killed in the middle, and a fork of it from there, must end with the
-digest and the answer of one that nothing happened to.
+0.1), `..._exact` that of whole answers. By default documents are streamed into a platform of two workers over gRPC and
+asked about by Generate. Bytes that several documents begin with are streamed once: where the documents part, the stream
+is forked, and a document that is the beginning of another is asked about on the way. (The filler of all is the same,
+and so is a case's key at the start, whatever the length.) A fork's memory is that of the shared bytes, so every answer
+is that of a stream of its document alone. Of the longest documents one a depth is then verified by another worker,
+which folds its log anew to the same digest. A stream whose owner is killed in the middle, and a fork of it from there,
+must end with the digest and the answer of one that nothing happened to.
 
 `--batched N` instead reads N cases a cell side by side, with the weights that the platform serves, and the controls:
 the window alone, and a memory that is zeroed just before the answer.
@@ -13,12 +16,13 @@ the window alone, and a memory that is zeroed just before the answer.
 
 import argparse
 import asyncio
+import itertools
 import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +31,7 @@ import torch
 from _report import Report, arguments
 
 from eunoe.api.v1 import long_context_pb2 as api
-from eunoe.client import AppendProgress, AsyncClient, Stream, StreamSettings
+from eunoe.client import AppendProgress, AsyncClient, StreamSettings
 from eunoe.clients.state_store import StateStoreClient
 from eunoe.embedded.models import resolve_model
 from eunoe.embedded.platform import Platform
@@ -112,51 +116,103 @@ def add_cell(report: Report, name: str, cases: list[PasskeyCase], given: list[by
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
-    """A case that the platform answered."""
+class Document:
+    """A case that the platform is asked about.
+
+    Attributes:
+        text: The prompt without its question.
+    """
+
+    length: str
+    depth: str
+    case: PasskeyCase
+    text: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    """An answer, and the stream that gave it, with its digest at that time."""
 
     answer: bytes
-    stream: Stream
-    seconds: float
+    name: str
+    digest: str
+
+
+@dataclass(slots=True)
+class Reading:
+    """Documents on their way into streams, two appends at a time.
+
+    Attributes:
+        said: What was answered to each document's question.
+    """
+
+    client: AsyncClient
+    report: Report
+    said: dict[Document, Said] = field(default_factory=dict)
+    turns: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(2))
+    names: "itertools.count[int]" = field(default_factory=itertools.count)
+
+    async def read(self, name: str, num_read: int, documents: Sequence[Document]) -> None:
+        """Have a stream that holds the first `num_read` bytes of all these documents go on to their ends."""
+        common = common_length([document.text for document in documents], num_read)
+        async with self.turns:
+            self.report.progress(f"{name}: bytes {num_read:,} to {common:,} of {len(documents)} documents")
+            stream = await self.client.append(name, documents[0].text[num_read:common])
+        longer: dict[int, list[Document]] = {}
+        for document in documents:
+            if len(document.text) == common:
+                self.said[document] = Said(await answer(self.client, name), name, stream.state_digest)
+            else:
+                longer.setdefault(document.text[common], []).append(document)
+        forks = [f"passkey-{next(self.names)}" for _ in range(len(longer) - 1)]
+        for fork in forks:
+            await self.client.fork_stream(name, fork)
+        await asyncio.gather(
+            *(self.read(each, common, rest) for each, rest in zip([name, *forks], longer.values(), strict=False))
+        )
 
 
 async def ask_platform(report: Report, options: argparse.Namespace, platform: Platform) -> None:
-    """Every cell, two documents at a time; then what is only measured once."""
-    turns = asyncio.Semaphore(2)
+    """Every cell; then what is only measured once."""
+    longest = max(options.lengths, key=LENGTHS.__getitem__)
+    documents = list(documents_of(options))
     async with AsyncClient(platform.address) as client:
+        reading = Reading(client, report)
+        await client.create_stream("passkey", settings=StreamSettings(retain_log=True))
+        start = time.perf_counter()
+        await reading.read("passkey", 0, documents)
+        report.say(f"  {len(documents)} documents read and asked about in {time.perf_counter() - start:.0f} s")
         num_verified = 0
-        for length, depth, cases in cells(options, options.cases):
-            report.progress(f"{length} {depth}: {len(cases)} cases")
-            names = [f"{length}-{depth}-{index}" for index in range(len(cases))]
-            asked = await asyncio.gather(
-                *(
-                    ask(client, name, case, turns, retain_log=name.endswith("-start-0"))
-                    for name, case in zip(names, cases, strict=True)
-                )
-            )
-            add_cell(report, f"passkey_{length}_{depth}", cases, [each.answer for each in asked])
-            report.say(f"    digests {', '.join(each.stream.state_digest for each in asked)}")
-            if depth == "start":
-                verdict = (await client.verify_stream(names[0])).verdict
-                num_verified += verdict == api.VERDICT_VERIFIED
-            for name in names:
-                await client.delete_stream(name)
-        report.add("digests_verified", num_verified, f"of {len(options.lengths)}, one stream a length")
-        longest = options.lengths[-1]
+        for length, depth in itertools.product(options.lengths, DEPTHS):
+            asked = [document for document in documents if (document.length, document.depth) == (length, depth)]
+            said = [reading.said[document] for document in asked]
+            add_cell(report, f"passkey_{length}_{depth}", [each.case for each in asked], [each.answer for each in said])
+            report.say(f"    digests {', '.join(each.digest for each in said)}")
+            if length == longest:
+                # Nobody reads on after the longest: the stream is as it was when it was asked.
+                assert (await client.get_stream(said[0].name)).state_digest == said[0].digest
+                num_verified += (await client.verify_stream(said[0].name)).verdict == api.VERDICT_VERIFIED
+        report.add("digests_verified", num_verified, f"of {len(DEPTHS)}, one stream a depth")
         await time_alone(report, client, longest, options)
         await move(report, client, platform, longest, options)
 
 
-async def ask(
-    client: AsyncClient, name: str, case: PasskeyCase, turns: asyncio.Semaphore, *, retain_log: bool = False
-) -> Asked:
-    """Stream a case's document and generate the answer."""
-    async with turns:
-        await client.create_stream(name, settings=StreamSettings(retain_log=retain_log))
-        start = time.perf_counter()
-        stream = await client.append(name, case.prompt[: -len(question())])
-        seconds = time.perf_counter() - start
-        return Asked(await answer(client, name), stream, seconds)
+def common_length(texts: Sequence[bytes], start: int) -> int:
+    """How many bytes all texts begin with, if they are known to begin with the same `start` bytes."""
+    arrays = [np.frombuffer(text, np.uint8) for text in texts]
+    common = min(map(len, arrays))
+    for array in arrays[1:]:
+        differences = np.flatnonzero(array[start:common] != arrays[0][start:common])
+        common = start + int(differences[0]) if len(differences) else common
+    return common
+
+
+def documents_of(options: argparse.Namespace) -> Iterator[Document]:
+    """All that is asked of the platform."""
+    for length, (depth, share), index in itertools.product(options.lengths, DEPTHS.items(), range(options.cases)):
+        generator = np.random.default_rng((options.seed, list(DEPTHS).index(depth), index))
+        case = passkey_case(LENGTHS[length], share, generator, options.filler, filler_seed=options.seed)
+        yield Document(length, depth, case, case.prompt.removesuffix(question().encode()))
 
 
 async def answer(client: AsyncClient, name: str) -> bytes:

@@ -49,4 +49,4 @@ class ByteTokenizer:
 
     def render_chat(self, turns: Sequence[tuple[str, str]], add_generation_prompt: bool = True) -> NoReturn:
         """Raise ValueError: nothing but bytes could mark a turn, and they may be anybody's text."""
-        raise ValueError("this model has no chat template")
+        raise ValueError("this model has no chat template, it only goes on with texts")

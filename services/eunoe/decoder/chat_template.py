@@ -57,7 +57,7 @@ class ChatTemplate:
             ValueError: If the model has no template, a role is unknown, or the template refuses the turns.
         """
         if self._template is None:
-            raise ValueError("this model has no chat template")
+            raise ValueError("this model has no chat template, it only goes on with texts")
         for role, _ in turns:
             if role not in ROLES:
                 raise ValueError(f"role {role!r} is not one of {', '.join(sorted(ROLES))}")

@@ -9,12 +9,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from eunoe.training.decoder.corpus import FillerName
 from eunoe.training.decoder.curriculum import Stage
 from eunoe.training.decoder.differentiable import NanoConfig, NanoDecoder, SegmentPlan
 from eunoe.training.decoder.export import export, load
 from eunoe.training.decoder.growth import grown
 from eunoe.training.decoder.margin import head_margins
-from eunoe.training.decoder.passkey import ANSWER, COPY, MASKED, PLAIN, PasskeyTask, draw
+from eunoe.training.decoder.passkey import ANSWER, COPY, MASKED, PLAIN, PasskeyTask, draw, needle, question
 from eunoe.training.decoder.passkey_evaluation import PasskeyCase, answers, passkey_case, scores
 from eunoe.training.decoder.training import TrainingConfig, train
 
@@ -129,6 +130,19 @@ def test_a_prompt_is_the_papers_and_as_long_as_asked() -> None:
     assert text.endswith("What is the pass key? The pass key is")
     key = case.answer.decode()[1:-1]
     assert 0.4 < text.index(f"The pass key is {key}. Remember it. {key} is the pass key. ") / 5000 < 0.6
+
+
+@pytest.mark.parametrize("filler_name", ["paper", "shuffled", "book"])
+def test_cases_of_one_filler_seed_differ_by_their_needles_alone(filler_name: FillerName) -> None:
+    short, long, other_key = (
+        passkey_case(num_bytes, 0.0, np.random.default_rng(key), filler_name, filler_seed=5)
+        for num_bytes, key in ((3000, 1), (9000, 1), (9000, 2))
+    )
+
+    assert long.prompt.startswith(short.prompt.removesuffix(question().encode()))
+    assert other_key.answer != long.answer
+    needles = [needle(case.answer.decode()[1:-1]).encode() for case in (long, other_key)]
+    assert other_key.prompt == long.prompt.replace(*needles)
 
 
 @pytest.mark.parametrize("num_bytes", [640, 641, 700, 703])

@@ -39,14 +39,24 @@ class PasskeyScore:
 
 
 def passkey_case(
-    num_bytes: int, depth: float, generator: np.random.Generator, filler_name: FillerName = "paper"
+    num_bytes: int,
+    depth: float,
+    generator: np.random.Generator,
+    filler_name: FillerName = "paper",
+    *,
+    filler_seed: int | None = None,
 ) -> PasskeyCase:
-    """A prompt of at most `num_bytes` bytes, less than one sentence or verse short of it."""
+    """A prompt of at most `num_bytes` bytes, less than one sentence or verse short of it.
+
+    Args:
+        filler_seed: Cases of one seed have the same filler, the shorter of two the beginning of the longer one's.
+    """
     key = draw_key(generator)
     fixed = len(INTRODUCTION) + len(needle(key)) + len(question())
     if num_bytes < fixed:
         raise ValueError(f"a prompt has at least {fixed} bytes, not {num_bytes}")
-    pieces = filler(filler_name, num_bytes - fixed, "test", generator)
+    drawn_by = generator if filler_seed is None else np.random.default_rng(filler_seed)
+    pieces = filler(filler_name, num_bytes - fixed, "test", drawn_by)
     cut = round(depth * len(pieces))
     text = INTRODUCTION + "".join(pieces[:cut]) + needle(key) + "".join(pieces[cut:]) + question()
     return PasskeyCase(text.encode(), f" {key}.".encode(), depth)
