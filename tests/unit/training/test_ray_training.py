@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from eunoe.decoder.decoder import Decoder
 from eunoe.training.decoder.export import load
 from eunoe.training.decoder.recipe import QUICK, train_nano
+from eunoe.training.decoder.training import TrainingConfig
 from eunoe.training.run_directory import BadRunDirectory
 
 pytestmark = [
@@ -22,17 +24,24 @@ pytestmark = [
     # Ray Train makes a context of Ray Data, which sets options that it deprecates.
     pytest.mark.filterwarnings("ignore::DeprecationWarning:ray"),
     # Workers import torch, which takes its time on a busy machine.
-    pytest.mark.timeout(300),
+    pytest.mark.timeout(600),
 ]
 
-STEPS = [(run, step) for run in ("shallow", "deep", "reading") for step in (2, 4, 6, 8)]
+
+def longer(config: TrainingConfig) -> TrainingConfig:
+    """With time to interrupt it."""
+    return replace(config, stages=tuple(replace(stage, max_steps=10) for stage in config.stages))
+
+
+RECIPE = replace(QUICK, deep=longer(QUICK.deep), reading=longer(QUICK.reading))
+STEPS = [(run, step) for run, last in (("shallow", 8), ("deep", 20), ("reading", 20)) for step in range(2, last + 1, 2)]
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
     """Weights and reports of the quick recipe, trained in this process without a break."""
     reports: list[dict[str, Any]] = []
-    return train_nano(QUICK, tmp_path_factory.mktemp("alone"), reports.append).state_dict(), reports
+    return train_nano(RECIPE, tmp_path_factory.mktemp("alone"), reports.append).state_dict(), reports
 
 
 def train_on_ray(directory: Path, num_workers: int = 1, on_report: Any = lambda _: None) -> Path:
@@ -40,7 +49,7 @@ def train_on_ray(directory: Path, num_workers: int = 1, on_report: Any = lambda 
     # It imports Ray, which has its environment only now.
     from eunoe.training.decoder.ray_training import DecoderTraining, train_decoder
 
-    training = DecoderTraining(directory=directory, name="quick", recipe=QUICK, num_workers=num_workers)
+    training = DecoderTraining(directory=directory, name="quick", recipe=RECIPE, num_workers=num_workers)
     return train_decoder(training, on_report)
 
 
@@ -90,6 +99,7 @@ def test_a_run_that_was_interrupted_and_then_lost_its_worker_ends_with_the_bytes
     for name, tensor in load(path).state_dict().items():
         assert torch.equal(tensor, weights[name]), name
     assert ("shallow", 2) not in told
+    assert ("reading", 20) in told
     assert len(killed) == 1
     # What was done twice is in the curve once.
     curve = [json.loads(line) for line in (tmp_path / "curve.jsonl").read_text().splitlines()]
