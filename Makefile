@@ -39,6 +39,10 @@ test: $(READY) ## All tests that need no model weights and no network
 faults: $(READY) ## The fault runs in their long form: kills, pauses, lost replies, flipped bits, fuzzing (half an hour)
 	$(BIN)/pytest -m faults
 
+.PHONY: check-training
+check-training: $(READY) ## eunoe-nano's training on Ray Train: interruptions, lost workers, several workers (minutes)
+	$(BIN)/pytest -m ray_train
+
 .PHONY: check-model
 check-model: $(READY) ## Tests on SmolLM2-135M (fetched once, 98 MB)
 	$(MODEL_CHECKS) -m "model and not full"

@@ -1,9 +1,11 @@
 """Training a decoder on Ray: what interrupts it changes no byte, and what shares it changes nothing but rounding."""
 
 import json
+import os
 import signal
-import subprocess
-import sys
+import threading
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,24 +16,33 @@ import torch
 from eunoe.decoder.decoder import Decoder
 from eunoe.training.decoder.export import load
 from eunoe.training.decoder.recipe import QUICK, train_nano
+from eunoe.training.decoder.training import TrainingConfig
 from eunoe.training.run_directory import BadRunDirectory
 
 pytestmark = [
+    pytest.mark.ray_train,
     pytest.mark.usefixtures("local_ray"),
     # Ray Train makes a context of Ray Data, which sets options that it deprecates.
     pytest.mark.filterwarnings("ignore::DeprecationWarning:ray"),
     # Workers import torch, which takes its time on a busy machine.
-    pytest.mark.timeout(300),
+    pytest.mark.timeout(600),
 ]
 
-STEPS = [(run, step) for run in ("shallow", "deep", "reading") for step in (2, 4, 6, 8)]
+
+def longer(config: TrainingConfig) -> TrainingConfig:
+    """With time to interrupt it."""
+    return replace(config, stages=tuple(replace(stage, max_steps=10) for stage in config.stages))
+
+
+RECIPE = replace(QUICK, deep=longer(QUICK.deep), reading=longer(QUICK.reading))
+STEPS = [(run, step) for run, last in (("shallow", 8), ("deep", 20), ("reading", 20)) for step in range(2, last + 1, 2)]
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
     """Weights and reports of the quick recipe, trained in this process without a break."""
     reports: list[dict[str, Any]] = []
-    return train_nano(QUICK, tmp_path_factory.mktemp("alone"), reports.append).state_dict(), reports
+    return train_nano(RECIPE, tmp_path_factory.mktemp("alone"), reports.append).state_dict(), reports
 
 
 def train_on_ray(directory: Path, num_workers: int = 1, on_report: Any = lambda _: None) -> Path:
@@ -39,51 +50,59 @@ def train_on_ray(directory: Path, num_workers: int = 1, on_report: Any = lambda 
     # It imports Ray, which has its environment only now.
     from eunoe.training.decoder.ray_training import DecoderTraining, train_decoder
 
-    training = DecoderTraining(directory=directory, name="quick", recipe=QUICK, num_workers=num_workers)
+    training = DecoderTraining(directory=directory, name="quick", recipe=RECIPE, num_workers=num_workers)
     return train_decoder(training, on_report)
 
 
-def interrupt(directory: Path, run: str) -> None:
-    """Begin with the command, and press Ctrl-C when a run reports for the first time."""
-    command = [sys.executable, "-m", "eunoe.cli.main", "train", "decoder", "--quick", "--name", "quick", "--json"]
-    with subprocess.Popen(
-        [*command, "--out", str(directory)], stdout=subprocess.PIPE, text=True, start_new_session=True
-    ) as process:
-        assert process.stdout is not None
-        try:
-            for line in process.stdout:
-                if json.loads(line)["run"] == run:
-                    process.send_signal(signal.SIGINT)
-                    break
-            assert process.wait() == 130
-        finally:
-            process.kill()
-    assert not (directory / "quick").exists()
+def once_in(run: str, act: Callable[[], None]) -> Callable[[dict[str, Any]], None]:
+    """Act when a run reports for the first time."""
+    acted = threading.Event()
+
+    def on_report(report: dict[str, Any]) -> None:
+        if report["run"] == run and not acted.is_set():
+            acted.set()
+            act()
+
+    return on_report
+
+
+def workers() -> list[psutil.Process]:
+    """Ray Train's."""
+    children = psutil.Process().children(recursive=True)
+    return [process for process in children if "TrainWorker" in " ".join(process.cmdline())]
 
 
 def test_a_run_that_was_interrupted_and_then_lost_its_worker_ends_with_the_bytes_of_an_undisturbed_one(
     tmp_path: Path, alone: tuple[dict[str, torch.Tensor], list[dict[str, Any]]]
 ) -> None:
-    killed: list[int] = []
-    told: list[str] = []
+    # Ctrl-C.
+    with pytest.raises(KeyboardInterrupt):
+        train_on_ray(tmp_path, on_report=once_in("deep", lambda: os.kill(os.getpid(), signal.SIGINT)))
+    assert not (tmp_path / "quick").exists()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    told: list[tuple[str, int]] = []
+    killed: list[psutil.Process] = []
 
-    def kill_once(report: dict[str, Any]) -> None:
-        told.append(report["run"])
-        if report["run"] == "reading" and not killed:
-            for process in psutil.Process().children(recursive=True):
-                if "TrainWorker" in " ".join(process.cmdline()):
-                    killed.append(process.pid)
-                    process.kill()
+    def kill_workers() -> None:
+        killed.extend(workers())
+        for process in killed:
+            process.kill()
 
-    interrupt(tmp_path, "deep")
-    path = train_on_ray(tmp_path, on_report=kill_once)
+    kill = once_in("reading", kill_workers)
+
+    def on_report(report: dict[str, Any]) -> None:
+        told.append((report["run"], report["step"]))
+        kill(report)
+
+    path = train_on_ray(tmp_path, on_report=on_report)
 
     weights, reports = alone
     for name, tensor in load(path).state_dict().items():
         assert torch.equal(tensor, weights[name]), name
-    assert killed
-    assert "shallow" not in told
-    # What was done twice is told once.
+    assert ("shallow", 2) not in told
+    assert ("reading", 20) in told
+    assert len(killed) == 1
+    # What was done twice is in the curve once.
     curve = [json.loads(line) for line in (tmp_path / "curve.jsonl").read_text().splitlines()]
     assert [(report["run"], report["step"]) for report in curve] == STEPS
     assert [report["loss"] for report in curve] == [report["loss"] for report in reports]

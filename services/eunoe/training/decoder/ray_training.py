@@ -82,7 +82,7 @@ def train_decoder(training: DecoderTraining, on_report: OnStep) -> Path:
             ),
         )
         curve = _Curve(run.path)
-        with _listening(reports, [curve.add, on_report]), _interruptible():
+        with _listening(reports, curve, on_report), _interruptible():
             result = trainer.fit()
         assert result.checkpoint is not None, "every run ends with a checkpoint"
         with result.checkpoint.as_directory() as checkpoint:
@@ -134,16 +134,18 @@ class _Reports:
 
 
 @contextmanager
-def _listening(reports: Any, listeners: list[OnStep]) -> Iterator[None]:
-    """Tell the listeners what is reported, for as long as the block runs, which itself waits for Ray."""
+def _listening(reports: Any, curve: "_Curve", on_report: OnStep) -> Iterator[None]:
+    """Keep and tell what is reported, for as long as the block runs, which itself waits for Ray."""
     is_over = threading.Event()
 
     def listen() -> None:
         while True:
             is_last = is_over.wait(_LOOK_INTERVAL_SECONDS)
-            for report in ray.get(reports.take.remote()):
-                for listener in listeners:
-                    listener(report)
+            taken = ray.get(reports.take.remote())
+            for report in taken:
+                on_report(report)
+            if taken:
+                curve.add(taken)
             if is_last:
                 return
 
@@ -182,9 +184,10 @@ class _Curve:
     def _keep(self, report: dict[str, Any]) -> None:
         self._reports[report["run"], report["step"]] = report
 
-    def add(self, report: dict[str, Any]) -> None:
-        """Write it down and draw all."""
-        self._keep(report)
+    def add(self, new: list[dict[str, Any]]) -> None:
+        """Write them down and draw all."""
+        for report in new:
+            self._keep(report)
         reports = list(self._reports.values())
         write_whole(self._path, "".join(json.dumps(each) + "\n" for each in reports).encode())
         draw_training_curve(reports, self._path.with_suffix(".png"))
