@@ -42,11 +42,12 @@ def main() -> None:
     num_pieces = options.pieces or (2 if options.quick else 16)
     length = 4096 if options.quick else options.length
 
-    decoder, twin = a_decoder(options.model), a_decoder(options.twin)
+    decoder = a_decoder(options.model)
     contenders = {
         "memory": (decoder, WINDOW),
         "shut": (a_decoder(options.model, has_open_gates=False), WINDOW),
-        "twin": (twin, WINDOW),
+        # It was never taught what to do with what its memory would say.
+        "twin": (a_decoder(options.twin, has_open_gates=False), WINDOW),
     }
     for split in ("test", "train"):
         texts = pieces(split, length, num_pieces)
