@@ -75,11 +75,12 @@ def workers() -> list[psutil.Process]:
 def test_a_run_that_was_interrupted_and_then_lost_its_worker_ends_with_the_bytes_of_an_undisturbed_one(
     tmp_path: Path, alone: tuple[dict[str, torch.Tensor], list[dict[str, Any]]]
 ) -> None:
+    handler = signal.getsignal(signal.SIGINT)
     # Ctrl-C.
     with pytest.raises(KeyboardInterrupt):
         train_on_ray(tmp_path, on_report=once_in("deep", lambda: os.kill(os.getpid(), signal.SIGINT)))
     assert not (tmp_path / "quick").exists()
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is handler
     told: list[tuple[str, int]] = []
     killed: list[psutil.Process] = []
 
