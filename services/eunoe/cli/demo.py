@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import eunoe
 from eunoe.cli.ingest import AppendBar
-from eunoe.cli.local import DEFAULT_MODEL, NANO_MODEL
 from eunoe.cli.output import megabytes, note
+from eunoe.embedded.models import DEFAULT_MODEL, NANO_MODEL
 
 if TYPE_CHECKING:
     from eunoe.client import Client, Stream
