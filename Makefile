@@ -73,6 +73,8 @@ bench: $(READY) ## All benchmarks; the last line of each is one JSON object
 	$(BIN)/python benchmarks/gateway.py --json
 	$(BIN)/python benchmarks/segment_attention.py --json
 	$(BIN)/python benchmarks/compressive_memory.py --json
+	$(BIN)/python benchmarks/passkey.py --json --quick
+	$(BIN)/python benchmarks/language_model.py --json --quick
 	$(BIN)/python benchmarks/eviction_cost.py --json
 	$(BIN)/python benchmarks/eviction_quality.py --json --quick
 	$(BIN)/python benchmarks/memory_freed.py --json --quick
