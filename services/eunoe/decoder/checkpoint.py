@@ -98,14 +98,11 @@ def load_weights(directory: Path | str, dtype: torch.dtype) -> Weights:
     tensors = _SafetensorsDirectory(Path(directory))
     query_dim, kv_dim = config.num_query_heads * config.head_dim, config.num_kv_heads * config.head_dim
 
-    def exact(name: str, *shape: int) -> torch.Tensor:
+    def tensor(name: str, *shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
         found = tensors.read(name)
         if found.shape != shape:
             raise ValueError(f"{name} is {tuple(found.shape)}, not {shape}")
-        return found.float()
-
-    def tensor(name: str, *shape: int) -> torch.Tensor:
-        return exact(name, *shape).to(dtype)
+        return found.to(dtype)
 
     def layer(index: int) -> LayerWeights:
         prefix = f"model.layers.{index}."
@@ -127,7 +124,7 @@ def load_weights(directory: Path | str, dtype: torch.dtype) -> Weights:
 
     def gates(index: int) -> MemoryGates:
         prefix = f"model.layers.{index}."
-        mixing = exact(prefix + _MEMORY_GATE, config.num_query_heads)
+        mixing = tensor(prefix + _MEMORY_GATE, config.num_query_heads, dtype=torch.float32)
         if not (config.compressive_memory and config.compressive_memory.has_write_gate):
             return MemoryGates(
                 mixing=mixing, write_weight=torch.empty(config.num_kv_heads, 0), write_bias=torch.empty(0)
@@ -135,8 +132,8 @@ def load_weights(directory: Path | str, dtype: torch.dtype) -> Weights:
         weight, bias = (prefix + name for name in _WRITE_GATE)
         return MemoryGates(
             mixing=mixing,
-            write_weight=exact(weight, config.num_kv_heads, config.head_dim),
-            write_bias=exact(bias, config.num_kv_heads),
+            write_weight=tensor(weight, config.num_kv_heads, config.head_dim, dtype=torch.float32),
+            write_bias=tensor(bias, config.num_kv_heads, dtype=torch.float32),
         )
 
     embedding = tensor(_EMBEDDING, config.vocab_size, config.dim)

@@ -29,9 +29,9 @@ class CompressiveMemory:
             raise ValueError(f"{len(gates)} layers of {config.num_layers} have memory gates")
         self._config = config.compressive_memory
         groups = (config.num_kv_heads, config.group_size, 1)
-        self._mixing_LHG1 = torch.stack([torch.sigmoid(each.mixing.float()).view(groups) for each in gates])
-        self._write_weight_LHD1 = torch.stack([each.write_weight.float()[..., None] for each in gates])
-        self._write_bias_LH1 = torch.stack([each.write_bias.float()[:, None] for each in gates])
+        self._mixing_LHG1 = torch.stack([torch.sigmoid(each.mixing).view(groups) for each in gates])
+        self._write_weight_LHD1 = torch.stack([each.write_weight[..., None] for each in gates])
+        self._write_bias_LH1 = torch.stack([each.write_bias[:, None] for each in gates])
 
     def mixed_in(
         self, state: MemoryState, layer: int, query_HGTD: torch.Tensor, attended_THGD: torch.Tensor
