@@ -1,6 +1,6 @@
 """A training run on the terminal: a bar for what runs, and a line for each generation or report."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 from rich.console import Console
@@ -10,21 +10,16 @@ from eunoe.training.decoder.recipe import Recipe
 from eunoe.training.evolution import Generation
 
 
-class TrainingProgress:
-    """A `Watcher` that shows what happens on standard error.
+class _Bar:
+    """A bar on standard error while the block runs, and lines above it."""
 
-    Args:
-        on_generation: What to do with a generation instead of printing a line.
-    """
-
-    def __init__(self, on_generation: Callable[[Generation], None] | None = None) -> None:
-        self._on_generation = on_generation or self._print
+    def __init__(self, counted: str) -> None:
         console = Console(stderr=True)
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("evaluations at most"),
+            TextColumn(counted),
             TimeElapsedColumn(),
             console=console,
             transient=True,
@@ -39,6 +34,21 @@ class TrainingProgress:
 
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
+
+    def _print_line(self, parts: Sequence[str]) -> None:
+        self._progress.console.print("  ".join(parts), highlight=False, soft_wrap=True)
+
+
+class TrainingProgress(_Bar):
+    """A `Watcher` that shows what happens on standard error.
+
+    Args:
+        on_generation: What to do with a generation instead of printing a line.
+    """
+
+    def __init__(self, on_generation: Callable[[Generation], None] | None = None) -> None:
+        self._on_generation = on_generation or self._print
+        super().__init__("evaluations at most")
 
     def began(self, what: str, num_calls: int) -> None:
         """See `Watcher`."""
@@ -60,10 +70,10 @@ class TrainingProgress:
             parts.append(f"validation {generation.validation:8.4f}")
         parts.append(f"sigma {generation.sigma:.4f}  {generation.num_evaluations} evaluations")
         parts.append(f"{generation.seconds:.1f} s")
-        self._progress.console.print("  ".join(parts), highlight=False, soft_wrap=True)
+        self._print_line(parts)
 
 
-class DecoderTrainingProgress:
+class DecoderTrainingProgress(_Bar):
     """Shows the reports of a decoder's training on standard error.
 
     Args:
@@ -74,26 +84,7 @@ class DecoderTrainingProgress:
     def __init__(self, recipe: Recipe, on_report: Callable[[dict[str, Any]], None] | None = None) -> None:
         self._runs = recipe.runs()
         self._on_report = on_report or self._print
-        console = Console(stderr=True)
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("steps at most"),
-            TimeElapsedColumn(),
-            console=console,
-            transient=True,
-            # A pipe gets the lines alone.
-            disable=not console.is_terminal,
-        )
-        self._bar = self._progress.add_task("starting", total=None)
-
-    def __enter__(self) -> Self:
-        self._progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()
+        super().__init__("steps at most")
 
     def __call__(self, report: dict[str, Any]) -> None:
         """Show a report."""
@@ -116,4 +107,4 @@ class DecoderTrainingProgress:
         if report["margin"] is not None:
             parts.append(f"margin {report['margin']:.1f}")
         parts.append(f"{report['bytes_per_second']:,.0f} bytes/s")
-        self._progress.console.print("  ".join(parts), highlight=False, soft_wrap=True)
+        self._print_line(parts)

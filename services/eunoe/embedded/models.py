@@ -24,7 +24,6 @@ SINKS_RECENT = "sinks-recent/1"
 
 CONNECT_TIMEOUT_SECONDS = 5
 
-_SHIPPED_MODELS = (NANO_MODEL,)
 _SHIPPED_DIRECTORY = Path(eunoe.__path__[0]) / "checkpoints"
 
 
@@ -68,7 +67,7 @@ def resolve_model(model: str, *, on_step: Callable[[str], None] = lambda step: N
         return directory.resolve().name.lower(), directory.resolve()
     if directory.is_dir():
         raise ModelUnavailable(f"{model} is a directory without config.json")
-    if model in _SHIPPED_MODELS:
+    if model == NANO_MODEL:
         shipped = _SHIPPED_DIRECTORY / model
         if not (shipped / "config.json").is_file():
             raise ModelUnavailable(f"{model} is not in this installation of eunoe: {shipped} is not there")
