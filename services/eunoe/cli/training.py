@@ -106,7 +106,7 @@ def _decoder(
     workers: Annotated[int, typer.Option(min=1, help="They share the samples of each step.")] = 1,
     threads: Annotated[int, typer.Option(min=1, help="Threads, and Ray's CPUs, of each worker.")] = 1,
     window_only: Annotated[
-        bool, typer.Option("--window-only", help="Read the book without the memory: a twin to compare with.")
+        bool, typer.Option("--window-only", help="End without the memory: a twin to compare with.")
     ] = False,
     quick: Annotated[bool, typer.Option("--quick", help="A tiny model in a few steps: does everything work?")] = False,
     ray_address: Annotated[

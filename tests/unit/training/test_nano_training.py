@@ -1,6 +1,7 @@
 """Passkey samples, the curriculum, the loop, and what is exported."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from eunoe.training.decoder.curriculum import Stage
 from eunoe.training.decoder.differentiable import NanoConfig, NanoDecoder, SegmentPlan
 from eunoe.training.decoder.export import export, load
 from eunoe.training.decoder.growth import grown
-from eunoe.training.decoder.margin import head_margins
+from eunoe.training.decoder.margin import SHUT, head_margins, recalling_head, shut_idle_gates
 from eunoe.training.decoder.passkey import ANSWER, COPY, MASKED, PLAIN, PasskeyTask, draw, needle, question
 from eunoe.training.decoder.passkey_evaluation import PasskeyCase, answers, passkey_case, scores
 from eunoe.training.decoder.training import TrainingConfig, train
@@ -55,6 +56,14 @@ def test_a_second_key_has_another_name_and_its_own_answer() -> None:
         asked, _, answer = text.partition("What is the ")[2].partition(" key is ")
         name = asked.split(" ")[0]
         assert f"{answer[:5]} is the {name} key." in text
+
+
+def test_a_plain_sample_hides_and_asks_for_nothing() -> None:
+    task = replace(TASK, plain_share=0.5, fillers=(("book", 1.0),))
+    samples = [draw(task, np.random.default_rng(seed)) for seed in range(40)]
+    plain = [sample for sample in samples if not sample.kinds.any()]
+    assert 10 < len(plain) < 30
+    assert all(sample.tokens.shape == (512,) and b"key" not in bytes(sample.tokens) for sample in plain)
 
 
 def test_dilution_spares_the_segments_around_a_key() -> None:
@@ -120,6 +129,17 @@ def test_added_layers_change_nothing_until_they_are_trained() -> None:
     torch.testing.assert_close(
         deeper(tokens, SegmentPlan(deeper.config, 16))[0], model(tokens, SegmentPlan(SMALL, 16))[0]
     )
+
+
+def test_before_it_recalls_all_gates_are_shut_but_the_recalling_heads() -> None:
+    model = _model()
+    kept = recalling_head(model, 32)
+    shut_idle_gates(model, 32)
+    gates = model.memory_gates()
+    assert gates[kept.layer][kept.query_head] == pytest.approx(kept.gate)
+    others = [gate for layer, row in enumerate(gates) for head, gate in enumerate(row)
+              if (layer, head) != (kept.layer, kept.query_head)]  # fmt: skip
+    assert others == pytest.approx([1 / (1 + math.exp(-SHUT))] * 3)
 
 
 def test_a_prompt_is_the_papers_and_as_long_as_asked() -> None:

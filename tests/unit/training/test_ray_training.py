@@ -34,8 +34,9 @@ def longer(config: TrainingConfig) -> TrainingConfig:
     return replace(config, stages=tuple(replace(stage, max_steps=10) for stage in config.stages))
 
 
-RECIPE = replace(QUICK, deep=longer(QUICK.deep), reading=longer(QUICK.reading))
-STEPS = [(run, step) for run, last in (("shallow", 8), ("deep", 20), ("reading", 20)) for step in range(2, last + 1, 2)]
+RECIPE = replace(QUICK, deep=longer(QUICK.deep), recalling=longer(QUICK.recalling))
+LAST_STEPS = {"shallow": 8, "deep": 20, "reading": 8, "recalling": 20}
+STEPS = [(run, step) for run, last in LAST_STEPS.items() for step in range(2, last + 1, 2)]
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +90,7 @@ def test_a_run_that_was_interrupted_and_then_lost_its_worker_ends_with_the_bytes
         for process in killed:
             process.kill()
 
-    kill = once_in("reading", kill_workers)
+    kill = once_in("recalling", kill_workers)
 
     def on_report(report: dict[str, Any]) -> None:
         told.append((report["run"], report["step"]))
@@ -101,7 +102,7 @@ def test_a_run_that_was_interrupted_and_then_lost_its_worker_ends_with_the_bytes
     for name, tensor in load(path).state_dict().items():
         assert torch.equal(tensor, weights[name]), name
     assert ("shallow", 2) not in told
-    assert ("reading", 20) in told
+    assert ("recalling", 20) in told
     assert len(killed) == 1
     # What was done twice is in the curve once.
     curve = [json.loads(line) for line in (tmp_path / "curve.jsonl").read_text().splitlines()]

@@ -7,11 +7,15 @@ key by T, so a head still reads the key after T bytes if its margin, in nats, is
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from eunoe.training.decoder.differentiable import CompressiveAttention, NanoDecoder, SegmentPlan, elu_features
-from eunoe.training.decoder.passkey_evaluation import PasskeyCase
+from eunoe.training.decoder.passkey_evaluation import PasskeyCase, passkey_case
+
+SHUT = -3.5
+"""A memory gate's logit: 3% of what a head says."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,3 +76,21 @@ def head_margins(model: NanoDecoder, case: PasskeyCase, segment_length: int) -> 
         worst = (in_needle.log() - filler.amax(-1).log()).amin(-1).flatten().tolist()
         found += [HeadMargin(index, head, gates[index][head], margin[head], worst[head]) for head in range(len(margin))]
     return found
+
+
+def recalling_head(model: NanoDecoder, segment_length: int) -> HeadMargin:
+    """The head that brings back most: what it reads of a needle counts as far as its gate is open."""
+    case = passkey_case(16 * segment_length + 512, 0.5, np.random.default_rng(0))
+    return max(head_margins(model, case, segment_length), key=lambda head: head.gate * head.margin)
+
+
+@torch.no_grad()
+def shut_idle_gates(model: NanoDecoder, segment_length: int) -> None:
+    """Shut the memory gates of all heads but the one that recalls."""
+    kept = recalling_head(model, segment_length)
+    attentions = [module for module in model.modules() if isinstance(module, CompressiveAttention)]
+    for index, attention in enumerate(attentions):
+        is_idle = torch.ones_like(attention.memory_gate, dtype=torch.bool)
+        if index == kept.layer:
+            is_idle[kept.query_head] = False
+        attention.memory_gate.masked_fill_(is_idle, SHUT)

@@ -49,6 +49,7 @@ class PasskeyTask:
         fillers: What is drawn from, with its shares.
         two_keys_share: Share of samples with a second key of another name.
         introduction_share: Share of samples that begin with the paper's introduction.
+        plain_share: Share of samples that hide and ask for nothing.
     """
 
     length: int
@@ -58,6 +59,7 @@ class PasskeyTask:
     fillers: tuple[tuple[FillerName, float], ...] = (("paper", 1.0),)
     two_keys_share: float = 0.0
     introduction_share: float = 0.0
+    plain_share: float = 0.0
     near_share: float = 0.0
     near_gap: tuple[int, int] = (0, 300)
     split: Split = "train"
@@ -83,6 +85,11 @@ def draw(task: PasskeyTask, generator: np.random.Generator) -> Sample:
         for piece in filler(name, int(generator.integers(low, high + 1)), task.split, generator):
             writer.add(piece, PLAIN)
 
+    # No number is drawn where the share is 0, so that older recipes draw what they drew.
+    if task.plain_share and generator.random() < task.plain_share:
+        while writer.length < task.length:
+            fill(task.length, task.length)
+        return writer.sample(task.length)
     keys = {"pass": draw_key(generator)}
     if generator.random() < task.two_keys_share:
         keys[OTHER_NAMES[int(generator.integers(len(OTHER_NAMES)))]] = draw_key(generator)

@@ -87,7 +87,7 @@ def train_decoder(training: DecoderTraining, on_report: OnStep) -> Path:
         assert result.checkpoint is not None, "every run ends with a checkpoint"
         with result.checkpoint.as_directory() as checkpoint:
             model = _last_model(training.recipe, Path(checkpoint))
-        last_stage = training.recipe.reading.stages[-1]
+        last_stage = training.recipe.recalling.stages[-1]
         export(model, run.path / training.name, last_stage.segment_length, training.recipe.longest())
         return run.path / training.name
 

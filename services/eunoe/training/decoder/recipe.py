@@ -1,4 +1,8 @@
-"""How eunoe-nano is trained: four layers learn to recall, eight go on from them, and then read a book as well."""
+"""How eunoe-nano is trained: four layers learn to recall, eight go on, read a book, and then recall again.
+
+Reading does not look at the memory: what a head says of it would be noise to a language model that is still to be
+learned, and the one head that recalls is found again in a few steps.
+"""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,6 +13,7 @@ from eunoe.training.decoder.corpus import FillerName
 from eunoe.training.decoder.curriculum import Stage
 from eunoe.training.decoder.differentiable import NanoConfig, NanoDecoder
 from eunoe.training.decoder.growth import grown
+from eunoe.training.decoder.margin import shut_idle_gates
 from eunoe.training.decoder.passkey import PasskeyTask
 from eunoe.training.decoder.training import OnCheckpoint, OnStep, TrainingConfig, train
 
@@ -105,45 +110,60 @@ DEEP = TrainingConfig(
 )
 """1.51M parameters; the last stage reads the longest sequences."""
 
+_BOOK = Stage(
+    task=PasskeyTask(
+        2048, (0, 700), (0, 300), 200, _MOSTLY_BOOK, two_keys_share=0.05, introduction_share=0.5, near_share=0.3
+    ),
+    segment_length=SEGMENT_LENGTH,
+    bytes_per_step=12_288,
+    max_steps=400,
+    max_dilution=1600.0,
+    diluted_share=0.4,
+    shortest=0.75,
+    far_accuracy=1.1,
+    final_rate=0.05,
+)
+
 READING = replace(
     DEEP,
     learning_rate=2e-3,
+    uses_memory=False,
     text_weight=1.0,
-    answer_weight=0.5,
+    answer_weight=0.0,
     seed=5,
-    stages=(
-        Stage(
-            task=PasskeyTask(
-                2048, (0, 700), (0, 300), 200, _MOSTLY_BOOK, two_keys_share=0.05, introduction_share=0.5, near_share=0.3
-            ),
-            segment_length=SEGMENT_LENGTH,
-            bytes_per_step=12_288,
-            max_steps=400,
-            max_dilution=1600.0,
-            diluted_share=0.4,
-            shortest=0.75,
-            far_accuracy=1.1,
-            final_rate=0.05,
-        ),
-    ),
+    stages=(_BOOK, replace(_BOOK, max_steps=150, rate=0.5)),
 )
-"""All of a text counts as much as an answer: what the memory holds is to help with any byte."""
+"""All of a text counts, from the window alone."""
 
-TWIN = replace(READING, uses_memory=False, answer_weight=0.0)
-"""The same start, data and steps without reading the memory: what `READING` is compared with."""
+RECALLING = replace(
+    READING,
+    learning_rate=1e-3,
+    uses_memory=True,
+    answer_weight=0.05,
+    seed=8,
+    stages=(replace(_BOOK, task=replace(_BOOK.task, two_keys_share=0.0, plain_share=0.5), max_steps=300),),
+)
+"""The same with answers, and the memory of the one head that recalls; half of the samples are text alone."""
+
+TWIN = replace(RECALLING, uses_memory=False, answer_weight=0.0)
+"""The same start, data and steps without reading the memory: what `RECALLING` is compared with."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Recipe:
-    """Three runs, each from where the one before ended; between the first two the model becomes deeper."""
+    """Runs, each from where the one before ended.
+
+    Between the first two the model becomes deeper; before the last, all memory gates are shut but the recalling head's.
+    """
 
     shallow: TrainingConfig
     deep: TrainingConfig
     reading: TrainingConfig
+    recalling: TrainingConfig
 
     def runs(self) -> dict[str, TrainingConfig]:
         """The runs in their order, by the names of their directories."""
-        return {"shallow": self.shallow, "deep": self.deep, "reading": self.reading}
+        return {"shallow": self.shallow, "deep": self.deep, "reading": self.reading, "recalling": self.recalling}
 
     def longest(self) -> int:
         """Bytes of the longest samples."""
@@ -154,8 +174,8 @@ class Recipe:
         return Recipe(**{name: replace(config, seed=config.seed + 100 * seed) for name, config in self.runs().items()})
 
 
-NANO = Recipe(shallow=SHALLOW, deep=DEEP, reading=READING)
-NANO_TWIN = replace(NANO, reading=TWIN)
+NANO = Recipe(shallow=SHALLOW, deep=DEEP, reading=READING, recalling=RECALLING)
+NANO_TWIN = replace(NANO, recalling=TWIN)
 
 
 def _in_a_few_steps(config: TrainingConfig) -> TrainingConfig:
@@ -199,6 +219,8 @@ def train_nano(
     for name, config in recipe.runs().items():
         if model is not None and model.config != config.model:
             model = grown(model, config.model.num_layers, torch.Generator().manual_seed(config.seed))
+        if model is not None and name == "recalling":
+            shut_idle_gates(model, config.stages[0].segment_length)
         model = train(config, run_directory / name, told(name), model, on_checkpoint)
     assert model is not None
     return model

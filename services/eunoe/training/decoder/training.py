@@ -16,9 +16,8 @@ from torch.nn import functional
 from eunoe.training.decoder.curriculum import Stage
 from eunoe.training.decoder.data_parallel import rank_and_count, sum_gradients, summed
 from eunoe.training.decoder.differentiable import NanoConfig, NanoDecoder, SegmentPlan
-from eunoe.training.decoder.margin import head_margins
+from eunoe.training.decoder.margin import recalling_head
 from eunoe.training.decoder.passkey import ANSWER, COPY, PLAIN, draw
-from eunoe.training.decoder.passkey_evaluation import passkey_case
 from eunoe.training.run_directory import write_whole
 
 OnStep = Callable[[dict[str, Any]], None]
@@ -115,7 +114,7 @@ def train(
                 "learning_rate": config.learning_rate * factor,
                 "bytes_per_second": num_bytes / (time.monotonic() - started),
                 "memory_gates": [[round(gate, 3) for gate in layer] for layer in model.memory_gates()],
-                "margin": _margin(model, stage.segment_length) if config.uses_memory else None,
+                "margin": recalling_head(model, stage.segment_length).margin if config.uses_memory else None,
             }
             with (run_directory / "curve.jsonl").open("a") as curve:
                 curve.write(json.dumps(report) + "\n")
@@ -131,12 +130,6 @@ def train(
             if on_checkpoint is not None:
                 on_checkpoint()
     return model
-
-
-def _margin(model: NanoDecoder, segment_length: int) -> float:
-    """Of the head that brings back most: what it reads of a needle counts as far as its gate is open."""
-    heads = head_margins(model, passkey_case(16 * segment_length + 512, 0.5, np.random.default_rng(0)), segment_length)
-    return max(heads, key=lambda head: head.gate * head.margin).margin
 
 
 def _parameter_groups(model: NanoDecoder, config: TrainingConfig) -> list[dict[str, Any]]:
