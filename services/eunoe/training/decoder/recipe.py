@@ -135,13 +135,15 @@ READING = replace(
 )
 """All of a text counts, from the window alone."""
 
+_RECALL = replace(_BOOK, task=replace(_BOOK.task, two_keys_share=0.0, plain_share=0.5), max_steps=300)
+
 RECALLING = replace(
     READING,
     learning_rate=1e-3,
     uses_memory=True,
     answer_weight=0.05,
     seed=8,
-    stages=(replace(_BOOK, task=replace(_BOOK.task, two_keys_share=0.0, plain_share=0.5), max_steps=300),),
+    stages=(_RECALL, replace(_RECALL, task=replace(_RECALL.task, length=LONGEST), shortest=0.5)),
 )
 """The same with answers, and the memory of the one head that recalls; half of the samples are text alone."""
 
