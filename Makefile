@@ -78,6 +78,7 @@ bench: $(READY) ## All benchmarks; the last line of each is one JSON object
 	$(BIN)/python benchmarks/eviction_cost.py --json
 	$(BIN)/python benchmarks/eviction_quality.py --json --quick
 	$(BIN)/python benchmarks/memory_freed.py --json --quick
+	$(BIN)/python benchmarks/eviction_transfer.py --json --quick
 	$(BIN)/python benchmarks/eviction_token_classes.py --json
 
 .PHONY: kvpress-env
