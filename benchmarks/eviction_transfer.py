@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from _report import Report, arguments
-from language_model import CHECKPOINT, a_decoder, pieces
+from language_model import CHECKPOINT, WINDOW, a_decoder, pieces
 
 from eunoe.eviction import POLICIES, EvictionPolicy, Namm
 from eunoe.eviction.policy_files import SHIPPED
@@ -25,7 +25,6 @@ from eunoe.training.evaluation import Evaluation
 from eunoe.training.tasks.case import Case
 
 SHARE = 0.25
-SEGMENT_LENGTH = 128
 
 
 def main() -> None:
@@ -40,7 +39,7 @@ def main() -> None:
     report = Report("eviction_transfer", as_json=options.json)
     num_cases = options.cases or (6 if options.quick else 60)
     evaluation = Evaluation(
-        decoder=a_decoder(options.model, has_open_gates=False), share=SHARE, segment_length=SEGMENT_LENGTH
+        decoder=a_decoder(options.model, has_open_gates=False), share=SHARE, segment_length=WINDOW.segment_length
     )
     policies: dict[str, EvictionPolicy | None] = {"full_cache": None, "namm": Namm.load(options.policy)}
     policies |= {name.partition("/")[0].replace("-", "_"): policy for name, policy in POLICIES.items()}

@@ -361,8 +361,11 @@ class NanoDecoder(nn.Module):
 
     def memory_gates(self) -> list[list[float]]:
         """The share that each query head takes from the memory, a list a layer."""
-        attentions = [module for module in self.modules() if isinstance(module, CompressiveAttention)]
-        return [torch.sigmoid(attention.memory_gate.detach()).tolist() for attention in attentions]
+        return [torch.sigmoid(attention.memory_gate.detach()).tolist() for attention in self.attentions()]
+
+    def attentions(self) -> list[CompressiveAttention]:
+        """Of all layers, from the first to the last."""
+        return [module for module in self.modules() if isinstance(module, CompressiveAttention)]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits `[..., vocab_size]` by the tied embedding."""

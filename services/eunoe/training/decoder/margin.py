@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eunoe.training.decoder.differentiable import CompressiveAttention, NanoDecoder, SegmentPlan, elu_features
+from eunoe.training.decoder.differentiable import NanoDecoder, SegmentPlan, elu_features
 from eunoe.training.decoder.passkey_evaluation import PasskeyCase, passkey_case
 
 SHUT = -3.5
@@ -53,7 +53,7 @@ def head_margins(model: NanoDecoder, case: PasskeyCase, segment_length: int) -> 
     is_filler[:segment_length] = False
     padded = torch.tensor([list(text) + [0] * (-len(text) % segment_length)])
     inputs: list[Tensor] = []
-    attentions = [module for module in model.modules() if isinstance(module, CompressiveAttention)]
+    attentions = model.attentions()
     handles = [
         attention.register_forward_pre_hook(lambda _, given: inputs.append(given[0])) for attention in attentions
     ]
@@ -88,8 +88,7 @@ def recalling_head(model: NanoDecoder, segment_length: int) -> HeadMargin:
 def shut_idle_gates(model: NanoDecoder, segment_length: int) -> None:
     """Shut the memory gates of all heads but the one that recalls."""
     kept = recalling_head(model, segment_length)
-    attentions = [module for module in model.modules() if isinstance(module, CompressiveAttention)]
-    for index, attention in enumerate(attentions):
+    for index, attention in enumerate(model.attentions()):
         is_idle = torch.ones_like(attention.memory_gate, dtype=torch.bool)
         if index == kept.layer:
             is_idle[kept.query_head] = False

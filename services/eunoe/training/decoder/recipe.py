@@ -221,7 +221,7 @@ def train_nano(
     for name, config in recipe.runs().items():
         if model is not None and model.config != config.model:
             model = grown(model, config.model.num_layers, torch.Generator().manual_seed(config.seed))
-        if model is not None and name == "recalling":
+        if model is not None and config is recipe.recalling:
             shut_idle_gates(model, config.stages[0].segment_length)
         model = train(config, run_directory / name, told(name), model, on_checkpoint)
     assert model is not None
