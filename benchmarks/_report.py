@@ -68,6 +68,18 @@ def arguments(description: str) -> argparse.ArgumentParser:
     return parser
 
 
+def existing_file(name: str) -> Path:
+    """The type of an option that names a file.
+
+    Raises:
+        ArgumentTypeError: If there is none.
+    """
+    path = Path(name)
+    if not path.is_file():
+        raise argparse.ArgumentTypeError(f"{name} is no file")
+    return path
+
+
 def machine() -> dict[str, Any]:
     """Processor, cores, instruction set and torch version."""
     capabilities = torch.cpu.get_capabilities()

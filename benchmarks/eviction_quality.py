@@ -22,7 +22,7 @@ from statistics import mean, median
 import numpy as np
 from _quality_plot import plot
 from _quality_results import Key, Results, digest
-from _report import Report, arguments
+from _report import Report, arguments, existing_file
 
 from eunoe.decoder.decoder import Decoder
 from eunoe.decoder.tokenizer import Tokenizer, load_tokenizer
@@ -136,7 +136,9 @@ def faithful(namm: Namm) -> Namm:
 def parsed_options() -> argparse.Namespace:
     """Sizes that --quick makes smaller are options too."""
     parser = arguments(__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--policy", type=Path, action="append", default=[], help="a NAMM's file; may come again")
+    parser.add_argument(
+        "--policy", type=existing_file, action="append", default=[], help="a NAMM's file; may come again"
+    )
     parser.add_argument("--kvpress-python", type=Path, help="of an environment with kvpress (make kvpress-env)")
     parser.add_argument("--faithful", action="store_true", help="each --policy also as it watches all queries")
     parser.add_argument("--against", nargs="*", choices=OTHERS, default=list(OTHERS), help="of ours (default: all)")

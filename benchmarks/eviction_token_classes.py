@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from _report import Report, arguments
+from _report import Report, arguments, existing_file
 from _token_classes import CODE_CLASSES, PROSE_CLASSES, code_classes, prose_classes, token_classes
 
 from eunoe.decoder.decoder import Decoder
@@ -37,7 +37,9 @@ def main() -> None:
     parser = arguments(__doc__ or "")
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--tokens", type=int, help="of each text, a multiple of 2,048 (default: 4,096; quick: 2,048)")
-    parser.add_argument("--policy", type=Path, action="append", default=[], help="a NAMM's file too; repeatable")
+    parser.add_argument(
+        "--policy", type=existing_file, action="append", default=[], help="a NAMM's file too; repeatable"
+    )
     options = parser.parse_args()
     num_tokens = options.tokens or (2_048 if options.quick else 4_096)
     if num_tokens % (SEGMENT_LENGTH / SHARE_OF_SLOTS):

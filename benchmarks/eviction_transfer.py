@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from _report import Report, arguments
+from _report import Report, arguments, existing_file
 from language_model import CHECKPOINT, WINDOW, a_decoder, pieces
 
 from eunoe.eviction import POLICIES, EvictionPolicy, Namm
@@ -30,7 +30,7 @@ SHARE = 0.25
 def main() -> None:
     """Measure and print."""
     parser = arguments(__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--policy", type=Path, default=SHIPPED / "smollm2-namm.safetensors")
+    parser.add_argument("--policy", type=existing_file, default=SHIPPED / "smollm2-namm.safetensors")
     parser.add_argument("--model", type=Path, default=CHECKPOINT, help="its directory (default: eunoe-nano)")
     parser.add_argument("--lengths", type=int, nargs="+", default=[320, 1024, 2048], help="bytes of the contexts")
     parser.add_argument("--cases", type=int, help="a length (default: 60)")

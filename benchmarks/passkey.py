@@ -21,6 +21,7 @@ import signal
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,7 +44,7 @@ from eunoe.training.decoder.passkey_evaluation import (
     NUM_ANSWER_BYTES,
     MemoryUse,
     PasskeyCase,
-    answers,
+    answered,
     passkey_case,
     scores,
 )
@@ -86,31 +87,27 @@ def parsed_options() -> argparse.Namespace:
     return options
 
 
-def cells(options: argparse.Namespace, count: int) -> Iterator[tuple[str, str, list[PasskeyCase]]]:
-    """Names of a length and a depth, and the cell's cases."""
-    for length in options.lengths:
-        for depth, share in DEPTHS.items():
-            # A case is the same whatever other cells are asked for.
-            generator = np.random.default_rng((options.seed, LENGTHS[length], list(DEPTHS).index(depth)))
-            yield length, depth, [passkey_case(LENGTHS[length], share, generator, options.filler) for _ in range(count)]
-
-
 def ask_side_by_side(report: Report, options: argparse.Namespace, directory: Path) -> None:
-    """All cases of a cell in one batch, and a few of them again with each control."""
+    """All documents in one batch, and a few of the shortest again with each control."""
     model = load(directory)
-    for length, depth, cases in cells(options, options.batched):
-        for use in ("all", *CONTROLS):
-            asked = cases if use == "all" else cases[:10]
-            if use != "all" and LENGTHS[length] > LENGTHS["32k"]:
-                continue
-            report.progress(f"{length} {depth}, {use}: {len(asked)} cases")
-            suffix = "" if use == "all" else f"_{use}"
-            add_cell(report, f"passkey_{length}_{depth}{suffix}", asked, answers(model, asked, SEGMENT_LENGTH, use))
+    shortest = min(options.lengths, key=LENGTHS.__getitem__)
+    for use in (*CONTROLS, "all"):
+        documents = list(documents_of(options, options.batched))
+        if use != "all":
+            documents = [each for each in documents_of(options, min(10, options.batched)) if each.length == shortest]
+        sizes = Counter(document.cell for document in documents)
+        said: dict[str, list[tuple[PasskeyCase, bytes]]] = {}
+        for index, given in answered(model, [document.case for document in documents], SEGMENT_LENGTH, use):
+            cell = documents[index].cell
+            so_far = said.setdefault(cell, [])
+            so_far.append((documents[index].case, given))
+            if len(so_far) == sizes[cell]:
+                add_cell(report, f"passkey_{cell}" + ("" if use == "all" else f"_{use}"), so_far)
 
 
-def add_cell(report: Report, name: str, cases: list[PasskeyCase], given: list[bytes]) -> None:
+def add_cell(report: Report, name: str, said: Sequence[tuple[PasskeyCase, bytes]]) -> None:
     """Shares of digits and of whole answers that are right."""
-    (score,) = scores(cases, given).values()
+    (score,) = scores([case for case, _ in said], [given for _, given in said]).values()
     report.add(name, score.digit_accuracy, f"of the digits of {score.num_cases} answers")
     report.add(f"{name}_exact", score.exact_match, "of the answers")
 
@@ -127,6 +124,11 @@ class Document:
     depth: str
     case: PasskeyCase
     text: bytes
+
+    @property
+    def cell(self) -> str:
+        """Its length and depth, as results are named."""
+        return f"{self.length}_{self.depth}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +177,7 @@ class Reading:
 async def ask_platform(report: Report, options: argparse.Namespace, platform: Platform) -> None:
     """Every cell; then what is only measured once."""
     longest = max(options.lengths, key=LENGTHS.__getitem__)
-    documents = list(documents_of(options))
+    documents = list(documents_of(options, options.cases))
     async with AsyncClient(platform.address) as client:
         reading = Reading(client, report)
         await client.create_stream("passkey", settings=StreamSettings(retain_log=True))
@@ -186,7 +188,8 @@ async def ask_platform(report: Report, options: argparse.Namespace, platform: Pl
         for length, depth in itertools.product(options.lengths, DEPTHS):
             asked = [document for document in documents if (document.length, document.depth) == (length, depth)]
             said = [reading.said[document] for document in asked]
-            add_cell(report, f"passkey_{length}_{depth}", [each.case for each in asked], [each.answer for each in said])
+            cell = [(each.case, its.answer) for each, its in zip(asked, said, strict=True)]
+            add_cell(report, f"passkey_{length}_{depth}", cell)
             report.say(f"    digests {', '.join(each.digest for each in said)}")
             if length == longest:
                 # Nobody reads on after the longest: the stream is as it was when it was asked.
@@ -207,9 +210,9 @@ def common_length(texts: Sequence[bytes], start: int) -> int:
     return common
 
 
-def documents_of(options: argparse.Namespace) -> Iterator[Document]:
-    """All that is asked of the platform."""
-    for length, (depth, share), index in itertools.product(options.lengths, DEPTHS.items(), range(options.cases)):
+def documents_of(options: argparse.Namespace, num_cases: int) -> Iterator[Document]:
+    """All documents, `num_cases` a cell; a case is the same whatever other cells are asked for."""
+    for length, (depth, share), index in itertools.product(options.lengths, DEPTHS.items(), range(num_cases)):
         generator = np.random.default_rng((options.seed, list(DEPTHS).index(depth), index))
         case = passkey_case(LENGTHS[length], share, generator, options.filler, filler_seed=options.seed)
         yield Document(length, depth, case, case.prompt.removesuffix(question().encode()))

@@ -1,5 +1,6 @@
 """Answering by greedy generation after streaming the whole prompt, many cases side by side."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -65,53 +66,54 @@ def passkey_case(
 def answers(
     model: NanoDecoder, cases: list[PasskeyCase], segment_length: int, memory_use: MemoryUse = "all"
 ) -> list[bytes]:
-    """Greedy answers.
+    """Greedy answers, in the order of the cases; see `answered`."""
+    given = dict(answered(model, cases, segment_length, memory_use))
+    return [given[index] for index in range(len(cases))]
+
+
+@torch.no_grad()
+def answered(
+    model: NanoDecoder, cases: list[PasskeyCase], segment_length: int, memory_use: MemoryUse = "all"
+) -> Iterator[tuple[int, bytes]]:
+    """Read all prompts side by side; yields a case's index and its greedy answer as soon as its prompt is read.
 
     Args:
         memory_use: `window_only` never mixes the memory in; `zeroed` forgets it just before the question's end.
     """
-    given = [b""] * len(cases)
-    left = sorted(range(len(cases)), key=lambda index: len(cases[index].prompt))
-    while left:
-        # Only prompts of about a length are read side by side: those of a book differ by a verse.
-        limit = len(cases[left[0]].prompt) + segment_length
-        group = [index for index in left if len(cases[index].prompt) < limit]
-        left = left[len(group) :]
-        found = _answers_side_by_side(model, [cases[index] for index in group], segment_length, memory_use)
-        for index, answer in zip(group, found, strict=True):
-            given[index] = answer
-    return given
-
-
-@torch.no_grad()
-def _answers_side_by_side(
-    model: NanoDecoder, cases: list[PasskeyCase], segment_length: int, memory_use: MemoryUse
-) -> list[bytes]:
-    """Answers to prompts whose lengths differ by less than a segment."""
-    shortest = min(len(case.prompt) for case in cases)
-    # They end together: of longer prompts a few leading bytes of the introduction go.
-    prompts = np.stack([np.frombuffer(case.prompt[-shortest:], np.uint8) for case in cases])
     plan = SegmentPlan(model.config, segment_length, uses_memory=memory_use != "window_only")
-    num_segments = (shortest - 1) // segment_length
+    # At least a byte is left to ask with.
+    num_segments = np.array([(len(case.prompt) - 1) // segment_length for case in cases])
     states: list[LayerState] | None = None
     # Prompts that have been the same so far are read once: `rows` says which state is whose.
     rows = np.zeros(len(cases), np.int64)
-    for index in range(num_segments):
-        block = prompts[:, index * segment_length : (index + 1) * segment_length]
+    for segment in range(int(num_segments.max()) + 1):
+        start = segment * segment_length
+        tails: dict[int, list[int]] = {}
+        for index in np.flatnonzero(num_segments == segment):
+            tails.setdefault(len(cases[index].prompt), []).append(int(index))
+        for asked in tails.values():
+            their = None if states is None else _picked(states, rows[asked])
+            if memory_use == "zeroed" and their is not None:
+                for state in their:
+                    state.memory = torch.zeros_like(state.memory)
+            tail = _bytes([cases[index].prompt[start:] for index in asked])
+            yield from zip(asked, _generate(model, plan, tail, their), strict=True)
+        reading = np.flatnonzero(num_segments > segment)
+        if not len(reading):
+            return
+        block = _bytes([cases[index].prompt[start : start + segment_length] for index in reading])
         _, firsts, new_rows = np.unique(
-            np.concatenate([rows[:, None], block], axis=1), axis=0, return_index=True, return_inverse=True
+            np.concatenate([rows[reading, None], block], axis=1), axis=0, return_index=True, return_inverse=True
         )
-        if states is not None and not np.array_equal(rows[firsts], np.arange(states[0].memory.shape[0])):
-            states = _picked(states, rows[firsts])
-        rows = new_rows.reshape(-1)
-        _, states = model(torch.from_numpy(block[firsts].astype(np.int64)), plan, states)
-    if states is not None:
-        states = _picked(states, rows)
-    if memory_use == "zeroed" and states is not None:
-        for state in states:
-            state.memory = torch.zeros_like(state.memory)
-    tail = torch.from_numpy(prompts[:, num_segments * segment_length :].astype(np.int64))
-    return _generate(model, plan, tail, states)
+        if states is not None:
+            states = _picked(states, rows[reading[firsts]])
+        rows[reading] = new_rows.reshape(-1)
+        _, states = model(block[firsts], plan, states)
+
+
+def _bytes(texts: list[bytes]) -> Tensor:
+    """Texts of one length, `[B, N]`."""
+    return torch.from_numpy(np.stack([np.frombuffer(text, np.uint8) for text in texts]).astype(np.int64))
 
 
 def _picked(states: list[LayerState], rows: np.ndarray) -> list[LayerState]:
