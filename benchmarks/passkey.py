@@ -78,6 +78,7 @@ def parsed_options() -> argparse.Namespace:
     parser = arguments(__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--model", default="eunoe-nano", help="name or directory (default: %(default)s)")
     parser.add_argument("--lengths", nargs="+", choices=LENGTHS, help="of the documents (default: 32k to 1m)")
+    parser.add_argument("--depths", nargs="+", choices=DEPTHS, default=list(DEPTHS), help="of the keys (default: all)")
     parser.add_argument("--cases", type=int, default=3, help="a cell, of the platform (default: %(default)s)")
     parser.add_argument("--batched", type=int, default=0, metavar="N", help="cases a cell side by side, no platform")
     parser.add_argument("--filler", choices=("paper", "shuffled", "book"), default="paper", help="of the test split")
@@ -88,13 +89,11 @@ def parsed_options() -> argparse.Namespace:
 
 
 def ask_side_by_side(report: Report, options: argparse.Namespace, directory: Path) -> None:
-    """All documents in one batch, and a few of the shortest again with each control."""
+    """All documents in one batch; before, a few of at most 32 KiB with each control."""
     model = load(directory)
-    shortest = min(options.lengths, key=LENGTHS.__getitem__)
+    controlled = [each for each in documents_of(options, min(10, options.batched)) if len(each.text) <= LENGTHS["32k"]]
     for use in (*CONTROLS, "all"):
-        documents = list(documents_of(options, options.batched))
-        if use != "all":
-            documents = [each for each in documents_of(options, min(10, options.batched)) if each.length == shortest]
+        documents = controlled if use != "all" else list(documents_of(options, options.batched))
         sizes = Counter(document.cell for document in documents)
         said: dict[str, list[tuple[PasskeyCase, bytes]]] = {}
         for index, given in answered(model, [document.case for document in documents], SEGMENT_LENGTH, use):
@@ -185,7 +184,7 @@ async def ask_platform(report: Report, options: argparse.Namespace, platform: Pl
         await reading.read("passkey", 0, documents)
         report.say(f"  {len(documents)} documents read and asked about in {time.perf_counter() - start:.0f} s")
         num_verified = 0
-        for length, depth in itertools.product(options.lengths, DEPTHS):
+        for length, depth in itertools.product(options.lengths, options.depths):
             asked = [document for document in documents if (document.length, document.depth) == (length, depth)]
             said = [reading.said[document] for document in asked]
             cell = [(each.case, its.answer) for each, its in zip(asked, said, strict=True)]
@@ -195,7 +194,7 @@ async def ask_platform(report: Report, options: argparse.Namespace, platform: Pl
                 # Nobody reads on after the longest: the stream is as it was when it was asked.
                 assert (await client.get_stream(said[0].name)).state_digest == said[0].digest
                 num_verified += (await client.verify_stream(said[0].name)).verdict == api.VERDICT_VERIFIED
-        report.add("digests_verified", num_verified, f"of {len(DEPTHS)}, one stream a depth")
+        report.add("digests_verified", num_verified, f"of {len(options.depths)}, one stream a depth")
         await time_alone(report, client, longest, options)
         await move(report, client, platform, longest, options)
 
@@ -212,9 +211,9 @@ def common_length(texts: Sequence[bytes], start: int) -> int:
 
 def documents_of(options: argparse.Namespace, num_cases: int) -> Iterator[Document]:
     """All documents, `num_cases` a cell; a case is the same whatever other cells are asked for."""
-    for length, (depth, share), index in itertools.product(options.lengths, DEPTHS.items(), range(num_cases)):
+    for length, depth, index in itertools.product(options.lengths, options.depths, range(num_cases)):
         generator = np.random.default_rng((options.seed, list(DEPTHS).index(depth), index))
-        case = passkey_case(LENGTHS[length], share, generator, options.filler, filler_seed=options.seed)
+        case = passkey_case(LENGTHS[length], DEPTHS[depth], generator, options.filler, filler_seed=options.seed)
         yield Document(length, depth, case, case.prompt.removesuffix(question().encode()))
 
 

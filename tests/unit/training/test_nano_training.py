@@ -17,7 +17,7 @@ from eunoe.training.decoder.export import export, load
 from eunoe.training.decoder.growth import grown
 from eunoe.training.decoder.margin import SHUT, head_margins, recalling_head, shut_idle_gates
 from eunoe.training.decoder.passkey import ANSWER, COPY, MASKED, PLAIN, PasskeyTask, draw, needle, question
-from eunoe.training.decoder.passkey_evaluation import PasskeyCase, answers, passkey_case, scores
+from eunoe.training.decoder.passkey_evaluation import PasskeyCase, answered, answers, passkey_case, scores
 from eunoe.training.decoder.training import TrainingConfig, train
 
 SMALL = NanoConfig(
@@ -185,6 +185,15 @@ def test_prompts_that_share_a_beginning_are_answered_as_if_alone() -> None:
     model = _model()
     cases = [passkey_case(1200, depth, np.random.default_rng(7)) for depth in (0.0, 0.9, 0.5, 0.9, 0.5)]
     assert answers(model, cases, 64) == [answers(model, [case], 64)[0] for case in cases]
+
+
+def test_a_prompt_that_begins_a_longer_one_is_answered_on_the_way() -> None:
+    model, lengths = _model(), (1500, 700, 1100)
+    cases = [passkey_case(length, 0.0, np.random.default_rng(7), filler_seed=0) for length in lengths]
+    assert cases[0].prompt.startswith(cases[1].prompt.removesuffix(question().encode()))
+    found = list(answered(model, cases, 64))
+    assert [index for index, _ in found] == [1, 2, 0]
+    assert all(answer == answers(model, [cases[index]], 64)[0] for index, answer in found)
 
 
 def test_prompts_of_any_lengths_are_answered_in_their_order() -> None:
