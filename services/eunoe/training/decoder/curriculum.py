@@ -49,20 +49,24 @@ class Stage:
         return replace(self.task, length=length, first_gap=first_gap)
 
     def write_scale(self, kinds: Tensor, generator: np.random.Generator) -> Tensor | float:
-        """Dilution: how often a byte counts in the memory, `[B, S, 1, N, 1]`.
-
-        Args:
-            kinds: `[B, S * N]`.
-        """
+        """The dilution of a step's samples, `[B, S, 1, N, 1]`, of kinds `[B, S * N]`."""
         if self.max_dilution <= 1.0:
             return 1.0
-        segments = kinds.view(kinds.shape[0], -1, self.segment_length)
-        is_filler = (segments == PLAIN).all(-1)
-        # The bytes around a key lie in the neighbouring segments, and are part of what must be remembered.
-        guarded = is_filler.clone()
-        guarded[:, 1:] &= is_filler[:, :-1]
-        guarded[:, :-1] &= is_filler[:, 1:]
-        factors = np.exp(generator.uniform(0.0, math.log(self.max_dilution), (kinds.shape[0], 1)))
+        factors = np.exp(generator.uniform(0.0, math.log(self.max_dilution), kinds.shape[0]))
         factors[generator.random(factors.shape) >= self.diluted_share] = 1.0
-        scale = torch.where(guarded, torch.from_numpy(factors).float(), torch.ones(()))
-        return scale[:, :, None, None, None].expand(-1, -1, 1, self.segment_length, 1)
+        return dilution(kinds, torch.from_numpy(factors).float(), self.segment_length)
+
+
+def dilution(kinds: Tensor, factors: Tensor, segment_length: int) -> Tensor:
+    """How often a byte counts in the memory, `[B, S, 1, N, 1]`: `factors` `[B]` in segments of filler alone, else 1.
+
+    Args:
+        kinds: `[B, S * N]`.
+    """
+    is_filler = (kinds.view(kinds.shape[0], -1, segment_length) == PLAIN).all(-1)
+    # The bytes around a key lie in the neighbouring segments, and are part of what must be remembered.
+    guarded = is_filler.clone()
+    guarded[:, 1:] &= is_filler[:, :-1]
+    guarded[:, :-1] &= is_filler[:, 1:]
+    scale = torch.where(guarded, factors[:, None], torch.ones(()))
+    return scale[:, :, None, None, None].expand(-1, -1, 1, segment_length, 1)
