@@ -15,6 +15,8 @@ READY := .venv/.protos
 # With EUNOE_REQUIRE_MODEL a test that finds no weights fails instead of being skipped; -rP shows the figures.
 MODEL_CHECKS = model=$$($(BIN)/python -m eunoe.embedded.models | tail -n 1); \
 	EUNOE_REQUIRE_MODEL=1 EUNOE_TEST_MODEL="$$model" $(BIN)/pytest -rP
+# Two processes, each file in one of them, in the order of the folders: tests/e2e ends with what breaks its platform.
+IN_PAIRS := -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: help
 help: ## Show this list
@@ -33,7 +35,7 @@ demo-book: $(READY) ## The same with the whole book: 1.2 million tokens
 
 .PHONY: test
 test: $(READY) ## All tests that need no model weights and no network
-	$(BIN)/pytest
+	$(BIN)/pytest $(IN_PAIRS)
 
 .PHONY: faults
 faults: $(READY) ## The fault runs in their long form: kills, pauses, lost replies, flipped bits, fuzzing (half an hour)
