@@ -18,7 +18,7 @@ import torch
 from _report import Report, arguments
 
 from eunoe.training.decoder.corpus import FillerName
-from eunoe.training.decoder.curriculum import Stage, dilution
+from eunoe.training.decoder.curriculum import dilution
 from eunoe.training.decoder.differentiable import NanoDecoder, SegmentPlan, UpdateRule
 from eunoe.training.decoder.margin import head_margins
 from eunoe.training.decoder.passkey import ANSWER, PasskeyTask, draw
@@ -47,20 +47,12 @@ VARIANTS = {
     "linear_undiluted": Variant(has_write_gate=False, max_dilution=1.0),
     "delta_undiluted": Variant("delta", has_write_gate=False, max_dilution=1.0),
 }
-STAGE = Stage(
-    task=PasskeyTask(
-        1024,
-        (256, 700),
-        (0, 150),
-        250,
-        (("paper", 0.6), ("shuffled", 0.12), ("book", 0.28)),
-        introduction_share=0.4,
-        near_share=0.3,
-    ),
-    segment_length=SEGMENT_LENGTH,
+# The recipe's last stage of samples that short, without needles so near that the window still has them.
+_RECIPE = SHALLOW.stages[3]
+STAGE = replace(
+    _RECIPE,
+    task=replace(_RECIPE.task, first_gap=(256, 700), near_share=0.3),
     bytes_per_step=6144,
-    max_steps=200,
-    shortest=0.6,
     far_accuracy=1.1,
     final_rate=0.1,
 )

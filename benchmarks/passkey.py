@@ -91,9 +91,10 @@ def parsed_options() -> argparse.Namespace:
 def ask_side_by_side(report: Report, options: argparse.Namespace, directory: Path) -> None:
     """All documents in one batch; before, a few of at most 32 KiB with each control."""
     model = load(directory)
-    controlled = [each for each in documents_of(options, min(10, options.batched)) if len(each.text) <= LENGTHS["32k"]]
+    short = [length for length in options.lengths if LENGTHS[length] <= LENGTHS["32k"]]
+    controlled = list(documents_of(options, short, min(10, options.batched)))
     for use in (*CONTROLS, "all"):
-        documents = controlled if use != "all" else list(documents_of(options, options.batched))
+        documents = controlled if use != "all" else list(documents_of(options, options.lengths, options.batched))
         sizes = Counter(document.cell for document in documents)
         said: dict[str, list[tuple[PasskeyCase, bytes]]] = {}
         for index, given in answered(model, [document.case for document in documents], SEGMENT_LENGTH, use):
@@ -176,7 +177,7 @@ class Reading:
 async def ask_platform(report: Report, options: argparse.Namespace, platform: Platform) -> None:
     """Every cell; then what is only measured once."""
     longest = max(options.lengths, key=LENGTHS.__getitem__)
-    documents = list(documents_of(options, options.cases))
+    documents = list(documents_of(options, options.lengths, options.cases))
     async with AsyncClient(platform.address) as client:
         reading = Reading(client, report)
         await client.create_stream("passkey", settings=StreamSettings(retain_log=True))
@@ -209,9 +210,9 @@ def common_length(texts: Sequence[bytes], start: int) -> int:
     return common
 
 
-def documents_of(options: argparse.Namespace, num_cases: int) -> Iterator[Document]:
+def documents_of(options: argparse.Namespace, lengths: Sequence[str], num_cases: int) -> Iterator[Document]:
     """All documents, `num_cases` a cell; a case is the same whatever other cells are asked for."""
-    for length, depth, index in itertools.product(options.lengths, options.depths, range(num_cases)):
+    for length, depth, index in itertools.product(lengths, options.depths, range(num_cases)):
         generator = np.random.default_rng((options.seed, list(DEPTHS).index(depth), index))
         case = passkey_case(LENGTHS[length], DEPTHS[depth], generator, options.filler, filler_seed=options.seed)
         yield Document(length, depth, case, case.prompt.removesuffix(question().encode()))

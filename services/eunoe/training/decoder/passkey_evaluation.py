@@ -1,5 +1,6 @@
 """Answering by greedy generation after streaming the whole prompt, many cases side by side."""
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -82,11 +83,11 @@ def answered(
     """
     plan = SegmentPlan(model.config, segment_length, uses_memory=memory_use != "window_only")
     # At least a byte is left to ask with.
-    num_segments = np.array([(len(case.prompt) - 1) // segment_length for case in cases], np.int64)
+    num_segments = np.array([(len(case.prompt) - 1) // segment_length for case in cases])
     states: list[LayerState] | None = None
     # Prompts that have been the same so far are read once: `rows` says which state is whose.
     rows = np.zeros(len(cases), np.int64)
-    for segment in range(num_segments.max(initial=-1) + 1):
+    for segment in itertools.count():
         start = segment * segment_length
         tails: dict[int, list[int]] = {}
         for index in np.flatnonzero(num_segments == segment):
