@@ -26,7 +26,7 @@ def nano_client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
 def test_the_demo_recalls_a_key_that_has_long_left_the_window(nano_client: Client) -> None:
     said: list[str] = []
 
-    figures = recall_passkey(nano_client, 10_000, said.append)
+    figures = recall_passkey(nano_client, nano_client.list_models()[0], 10_000, said.append)
 
     assert figures["answer"] == figures["expected"]
     assert any(f"[{figures['answer']}]" in line for line in said)

@@ -15,6 +15,7 @@ from eunoe.cli.output import megabytes, note
 from eunoe.embedded.models import DEFAULT_MODEL, NANO_MODEL
 
 if TYPE_CHECKING:
+    from eunoe.api.v1.long_context_pb2 import Model
     from eunoe.client import Client, Stream
 
 NUM_TOKENS = 40_000
@@ -89,21 +90,21 @@ def _run_book(is_whole_book: bool, file: Path | None, say: Callable[[str], None]
         text = text[text.rfind("\n", 0, -_MOST_CHARACTERS) + 1 :]
     _, model_path = resolve_model(DEFAULT_MODEL, on_step=note)
     starts = _token_starts(text, model_path)
-    with _client_of(DEFAULT_MODEL, say) as client:
-        return _stream_and_ask(client, text, starts, is_whole_book, say)
+    with _client_of(DEFAULT_MODEL, say) as (client, model):
+        return _stream_and_ask(client, model, text, starts, is_whole_book, say)
 
 
 def _run_passkey(say: Callable[[str], None]) -> dict[str, Any]:
-    with _client_of(NANO_MODEL, say) as client:
+    with _client_of(NANO_MODEL, say) as (client, model):
         say(f"\nHow fast is it here? {NUM_PROBE_BYTES:,} bytes first:")
         _, seconds = _append(client, "probe", passkey_document(NUM_PROBE_BYTES)[0], 0)
         rate = NUM_PROBE_BYTES / seconds
         num_bytes = min(NUM_PASSKEY_BYTES, max(2 * NUM_PROBE_BYTES, int(rate * _SHORTENED_SECONDS)))
-        return recall_passkey(client, num_bytes, say)
+        return recall_passkey(client, model, num_bytes, say)
 
 
 @contextlib.contextmanager
-def _client_of(model: str, say: Callable[[str], None]) -> "Iterator[Client]":
+def _client_of(model: str, say: Callable[[str], None]) -> "Iterator[tuple[Client, Model]]":
     from eunoe.client import Client
     from eunoe.embedded.platform import Platform
 
@@ -114,7 +115,9 @@ def _client_of(model: str, say: Callable[[str], None]) -> "Iterator[Client]":
         Client(platform.address) as client,
     ):
         say(f"\nThe platform is up after {time.monotonic() - started_at:.1f} s: {platform.model}, one worker.")
-        yield client
+        # Asked now: the only worker of a busy machine may be thought dead for a moment later.
+        (served,) = client.list_models()
+        yield client, served
 
 
 def passkey_document(num_bytes: int) -> tuple[str, str, str]:
@@ -128,14 +131,13 @@ def passkey_document(num_bytes: int) -> tuple[str, str, str]:
     return case.prompt.decode().removesuffix(question()), question(), case.answer.decode()
 
 
-def recall_passkey(client: "Client", num_bytes: int, say: Callable[[str], None]) -> dict[str, Any]:
+def recall_passkey(client: "Client", model: "Model", num_bytes: int, say: Callable[[str], None]) -> dict[str, Any]:
     """Stream such a document into the stream "passkey", ask for the key, and say how it went; returns the figures."""
     text, question, expected = passkey_document(num_bytes)
     num_after = len(text) - text.rindex(expected.strip(" ."))
     say(f"\n{len(text):,} bytes that say a key at their start, and then never again:\n\n  {text[:280]}...\n")
     stream, seconds = _append(client, "passkey", text, 0)
     answer = client.generate("passkey", question, max_tokens=len(expected)).finish().text
-    (model,) = client.list_models()
     full_cache_bytes = len(text) * model.full_cache_bytes_per_token
     window = stream.settings.kv_budget_tokens
     say(
@@ -159,7 +161,7 @@ def recall_passkey(client: "Client", num_bytes: int, say: Callable[[str], None])
 
 
 def _stream_and_ask(
-    client: "Client", text: str, starts: list[int], is_whole_book: bool, say: Callable[[str], None]
+    client: "Client", model: "Model", text: str, starts: list[int], is_whole_book: bool, say: Callable[[str], None]
 ) -> dict[str, Any]:
     recent = text[starts[-min(NUM_RECENT_TOKENS, len(starts))] :]
     say(f"\nFor comparison, a stream with a full cache of the last {NUM_RECENT_TOKENS:,} tokens:")
@@ -181,7 +183,6 @@ def _stream_and_ask(
     stream, seconds = _append(client, _BOUNDED, streamed[:place] + _NOTE + streamed[place:], 0)
 
     answers = [_ask(client, question, say) for question in _QUESTIONS]
-    (model,) = client.list_models()
     full_cache_bytes = num_tokens * model.full_cache_bytes_per_token
     say(
         f"\n{num_tokens / seconds:,.0f} tokens/s. The memory takes {megabytes(stream.state_bytes)}, however long the"
