@@ -30,8 +30,10 @@ _OPTIONS = (
     ("grpc.enable_retries", 0),
     # A restarted process listens again within a second or two; the default would back off for up to two minutes.
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1000),
+    # How long one attempt may take, whatever its name says: a TLS handshake with a starved or a distant server needs
+    # more than the backoff, and a silent address is given up sooner than after the default 20 s.
+    ("grpc.min_reconnect_backoff_ms", 5000),
 )
 
 

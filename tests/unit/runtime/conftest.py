@@ -34,9 +34,11 @@ def serve() -> Serve:
             **options,
         )
         await server.start()
-        async with open_channel(server.address, client_tls) as channel:
-            yield server, state_store_pb2_grpc.StateStoreServiceStub(channel)
-        await server.drain(0)
+        try:
+            async with open_channel(server.address, client_tls) as channel:
+                yield server, state_store_pb2_grpc.StateStoreServiceStub(channel)
+        finally:
+            await server.drain(0)
 
     return serving
 
