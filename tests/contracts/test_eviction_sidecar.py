@@ -1,12 +1,14 @@
 """What the eviction sidecar promises to workers."""
 
 import asyncio
+import dataclasses
 import json
 import os
 import sys
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +27,7 @@ from eunoe.eviction_sidecar.sidecar import running_sidecar
 from eunoe.internal.v1 import eviction_sidecar_pb2 as pb
 from eunoe.internal.v1 import eviction_sidecar_pb2_grpc
 from eunoe.runtime.config import to_env
-from eunoe.runtime.errors import EunoeError, InvalidRequest, PolicyNotFound, from_rpc_error
+from eunoe.runtime.errors import EunoeError, InvalidRequest, PolicyNotFound, Unavailable, from_rpc_error
 from eunoe.runtime.grpc_channel import open_channel
 from eunoe.runtime.payload_files import PayloadWriter
 
@@ -52,6 +54,16 @@ class Sidecar:
         return self.config.payload_dir
 
 
+@asynccontextmanager
+async def serving(config: EvictionSidecarConfig) -> AsyncIterator[Sidecar]:
+    async with running_sidecar(config) as server:
+        await server.start()
+        assert server.address == config.listen_address
+        async with open_channel(server.address) as channel:
+            yield Sidecar(config, eviction_sidecar_pb2_grpc.EvictionSidecarServiceStub(channel))
+        await server.drain(0)
+
+
 @pytest.fixture
 async def sidecar() -> AsyncIterator[Sidecar]:
     """With the policy "namm", and rotated audit logs of 1,000 bytes."""
@@ -69,13 +81,27 @@ async def sidecar() -> AsyncIterator[Sidecar]:
             audit_file=directory / "audit" / "evictions.jsonl",
             audit_file_bytes=1000,
             num_audit_files=3,
+            reload_seconds=0.02,
         )
-        async with running_sidecar(config) as server:
-            await server.start()
-            assert server.address == config.listen_address
-            async with open_channel(server.address) as channel:
-                yield Sidecar(config, eviction_sidecar_pb2_grpc.EvictionSidecarServiceStub(channel))
-            await server.drain(0)
+        async with serving(config) as sidecar:
+            yield sidecar
+
+
+@pytest.fixture(autouse=True)
+def all_logs(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+
+
+def write_rules(sidecar: Sidecar, text: str) -> None:
+    partial = sidecar.payloads / "rules.partial"
+    partial.write_text(text)
+    partial.replace(sidecar.payloads / "rules.toml")
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(20):
+        while not condition():
+            await asyncio.sleep(0.01)
 
 
 async def test_a_stream_has_the_policy_and_shadow_of_its_rule(sidecar: Sidecar) -> None:
@@ -220,6 +246,56 @@ async def test_evictions_are_lines_of_files_that_are_rotated(sidecar: Sidecar) -
         "slots_after": 1024,
         "dropped": [[4, 9], [11, 11]],
     }
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no device that is always full")
+async def test_an_eviction_that_a_full_disk_has_no_room_for_is_not_recorded(
+    sidecar: Sidecar, caplog: pytest.LogCaptureFixture
+) -> None:
+    address = f"unix:{sidecar.payloads}/full.sock"
+    full = dataclasses.replace(sidecar.config, listen_address=address, audit_file=Path("/dev/full"))
+
+    async with serving(full) as other:
+        for _ in range(2):
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await other.stub.RecordEviction(pb.RecordEvictionRequest(stream=STREAM))
+            assert isinstance(from_rpc_error(caught.value), Unavailable)
+
+    assert [record.message for record in caplog.records] == ["evictions are not recorded"]
+
+
+@pytest.mark.parametrize(
+    "rules",
+    ['[rules]\nstreams = "*"\npolicy = "namm"', '[[rules]]\nstreams = "*"\npolicy = ["namm"]', "rules = 1"],
+    ids=["one table", "a list", "a number"],
+)
+async def test_rules_are_followed_again_once_a_typo_is_corrected(
+    sidecar: Sidecar, caplog: pytest.LogCaptureFixture, rules: str
+) -> None:
+    write_rules(sidecar, rules)
+    await until(lambda: "the rules stay as they were" in caplog.messages)
+    kept = await sidecar.stub.ChoosePolicy(pb.ChoosePolicyRequest(stream=STREAM))
+
+    write_rules(sidecar, 'default = "key-norm/1"')
+    await until(lambda: "there are new policies or rules" in caplog.messages)
+    corrected = await sidecar.stub.ChoosePolicy(pb.ChoosePolicyRequest(stream=STREAM))
+
+    assert (kept.policy, corrected.policy) == (a_namm().name, "key-norm/1")
+    assert caplog.messages.count("the rules stay as they were") == 1
+
+
+async def test_a_payload_that_cannot_be_removed_ends_no_watch(
+    sidecar: Sidecar, caplog: pytest.LogCaptureFixture
+) -> None:
+    irremovable = sidecar.payloads / "a-directory.payload"
+    irremovable.mkdir()
+    os.utime(irremovable, (0, 0))
+    await until(lambda: "a directory cannot be looked after" in caplog.messages)
+
+    write_rules(sidecar, 'default = "key-norm/1"')
+    await until(lambda: "there are new policies or rules" in caplog.messages)
+
+    assert caplog.messages.count("a directory cannot be looked after") == 1
 
 
 def test_an_answer_of_no_message_is_an_error() -> None:

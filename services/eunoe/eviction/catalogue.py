@@ -11,6 +11,8 @@ Rules and files are followed together or not at all: while one of them is broken
 
 import logging
 import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -50,6 +52,7 @@ class PolicyCatalogue:
     def __init__(self, files: PolicyFiles, default: str) -> None:
         self.files = files
         self._default = default
+        self._problem: str | None = None
         self._rules = self._read()
 
     def choose(self, stream: str) -> Choice:
@@ -58,13 +61,18 @@ class PolicyCatalogue:
 
     def refresh(self) -> bool:
         """Read everything again if something has changed; whether there are new rules now. Broken ones are logged."""
-        if not self.files.refresh():
+        has_changed = self.files.refresh()
+        # A file that could not be read may be readable by now and look the same.
+        if not has_changed and self._problem is None:
             return False
         try:
             self._rules = self._read()
         except ValueError as error:
-            logger.error("the rules stay as they were", extra={"problem": str(error)})
+            if has_changed or str(error) != self._problem:
+                logger.error("the rules stay as they were", extra={"problem": str(error)})
+            self._problem = str(error)
             return False
+        self._problem = None
         logger.info("there are new policies or rules", extra={"num_rules": len(self._rules)})
         return True
 
@@ -72,28 +80,43 @@ class PolicyCatalogue:
         """The rules, the last of which matches every stream."""
         for name, problem in self.files.broken.items():
             raise ValueError(f"{name} cannot be read: {problem}")
-        values = _parsed(self.files.directory / "rules.toml") if self.files.directory is not None else {}
-        last = Choice(self.files.named(values.get("default", self._default)))
-        return (*map(self._rule, values.get("rules", [])), _Rule("*", last))
+        if self.files.directory is None:
+            return (_Rule("*", Choice(self.files.named(self._default))),)
+        path = self.files.directory / "rules.toml"
+        values = _parsed(path)
+        with _named(f"{path}: default" if "default" in values else "the default"):
+            last = _Rule("*", Choice(self.files.named(_text(values.get("default", self._default)))))
+        rules = []
+        for number, rule in enumerate(values.get("rules", []), 1):
+            with _named(f"{path}: rule {number}"):
+                rules.append(self._rule(rule))
+        return (*rules, last)
 
     def _rule(self, values: dict[str, Any]) -> _Rule:
         if not {"streams", "policy"} <= values.keys() <= {"streams", "policy", "shadow"}:
             raise ValueError(f"a rule has streams, policy and perhaps shadow, not {sorted(values)}")
+        for key, value in values.items():
+            with _named(key):
+                _text(value)
         policy = self.files.named(values["policy"])
         if "shadow" not in values:
             return _Rule(values["streams"], Choice(policy))
         shadow = self.files.named(values["shadow"])
         if not isinstance(shadow, ScoringPolicy):
             raise ValueError(f"{shadow.name} has no scores, so it is no shadow")
-        if shadow.statistics is not None and (
-            policy.statistics is None or policy.statistics.name != shadow.statistics.name
-        ):
-            # A memory state has the statistics of the policy that decides, and of no other.
+        if not is_observed(shadow, policy):
             raise ValueError(f"{shadow.name} is no shadow of {policy.name}, under which nobody observes what it scores")
         return _Rule(values["streams"], Choice(policy, shadow))
 
 
+def is_observed(shadow: ScoringPolicy, policy: EvictionPolicy) -> bool:
+    """Whether a memory state has what the shadow scores: it has the statistics of `policy`, and no others."""
+    observed = policy.statistics.name if policy.statistics is not None else None
+    return shadow.statistics is None or shadow.statistics.name == observed
+
+
 def _parsed(path: Path) -> dict[str, Any]:
+    """A file's values, of which `rules` is a list of tables; none if there is no file."""
     try:
         values = tomllib.loads(path.read_text())
     except FileNotFoundError:
@@ -102,4 +125,22 @@ def _parsed(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is no TOML that can be read: {error}") from None
     if unknown := values.keys() - {"default", "rules"}:
         raise ValueError(f"{path}: {sorted(unknown)[0]!r} is neither default nor rules")
+    rules = values.get("rules", [])
+    if not isinstance(rules, list) or not all(isinstance(rule, dict) for rule in rules):
+        raise ValueError(f"{path}: rules is no list of tables; each begins with [[rules]]")
     return values
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{value!r} is no string")
+    return value
+
+
+@contextmanager
+def _named(place: str) -> Iterator[None]:
+    """Has a ValueError say where it is."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from None

@@ -37,6 +37,8 @@ _MAX_AGE = 32768
 NUM_AGE_FEATURES = NUM_FEATURES - NUM_BINS
 _NUM_WAVES = NUM_AGE_FEATURES // 2
 _LEAST_BIN = 1e-6
+# No score is near it, and torch compares with no integer that is much above it.
+_MAX_THRESHOLD = 1e18
 
 # The one entry of the file's metadata, {"version", settings} as JSON: of several, safetensors shuffles the order.
 _FILE_METADATA = "eunoe-namm"
@@ -50,6 +52,12 @@ _NOVELTY_SHAPES: dict[str, tuple[int, ...]] = {
     "novelty_weight": (NUM_NUMBERS,),
     "novelty_mean": (NUM_NUMBERS,),
     "novelty_scale": (NUM_NUMBERS,),
+}
+# Of settings whose owners take their type for granted.
+_FILE_TYPES: dict[str, tuple[type, ...]] = {
+    "num_observed_queries": (int, type(None)),
+    "is_packed": (bool,),
+    "is_logarithmic": (bool,),
 }
 
 
@@ -89,7 +97,8 @@ class Namm:
     num_recent_tokens: int = 64
     """Newest slots that are never evicted, but at most half of the budget."""
     threshold: float | None = None
-    """Slots below it leave even within the budget, down to the number that the greediest head has at or above it."""
+    """Slots below it leave even within the budget, down to the number that the greediest head of all layers has at or
+    above it. With 0, one recent token, no sinks and no bound that is the published rule, there for each layer alone."""
     num_spare_slots: int = 0
     """Slots evicted beyond the budget: with a segment's length here only every second segment is scored."""
 
@@ -97,6 +106,14 @@ class Namm:
         expected = NUM_FEATURES + isinstance(self.statistics, NovelSpectrogram)
         if self.network.num_features != expected:
             raise ValueError(f"a network of {self.network.num_features} features, of {expected} that there are")
+        # Types too: a file's settings come as they are, and a wrong one would fail in a stream.
+        for name in ("num_recent_tokens", "num_spare_slots"):
+            count = getattr(self, name)
+            if type(count) is not int or count < 0:
+                raise ValueError(f"{name}={count!r} is no integer from 0")
+        threshold = self.threshold
+        if threshold is not None and not (type(threshold) in (int, float) and abs(threshold) <= _MAX_THRESHOLD):
+            raise ValueError(f"threshold={threshold!r} is no number up to {_MAX_THRESHOLD}")
 
     @property
     def spectrogram(self) -> AttentionSpectrogram:
@@ -114,7 +131,7 @@ class Namm:
         """The policy in a file that `save` wrote.
 
         Raises:
-            BadNammFile: If it is another file, or a part of it is missing or no number.
+            BadNammFile: If it is another file, or a part of it is missing, no number or a setting that cannot be used.
             UnknownVersion: If a later release wrote it.
             OSError: If it cannot be read.
         """
@@ -127,7 +144,7 @@ class Namm:
         try:
             settings = json.loads(metadata[_FILE_METADATA])
             version = int(settings.pop("version"))
-        except (KeyError, TypeError, AttributeError, ValueError):
+        except (KeyError, TypeError, AttributeError, ValueError, OverflowError):
             raise BadNammFile(f"{path} holds no NAMM: its metadata does not say so") from None
         if version != _FILE_VERSION:
             raise UnknownVersion(f"{path} is a NAMM of version {version}", found=version, known=_FILE_VERSION)
@@ -141,6 +158,9 @@ class Namm:
                 raise BadNammFile(f"{path}: {name} has values that are no numbers")
         if (tensors["normalization_variance"] < 0).any():
             raise BadNammFile(f"{path}: normalization_variance is negative")
+        for name, types in _FILE_TYPES.items():
+            if name in settings and type(settings[name]) not in types:
+                raise BadNammFile(f"{path}: {name}={settings[name]!r} is of another type")
         try:
             network = BackwardAttention(tensors["parameters"], settings.pop("attention"))
             spectrogram = AttentionSpectrogram(settings.pop("num_observed_queries"), settings.pop("is_packed"))

@@ -40,6 +40,8 @@ class Novelty:
         for part in (self.weight, self.mean, self.scale):
             if part.shape != (NUM_NUMBERS,) or part.dtype != torch.float32:
                 raise ValueError(f"weights of novelty {tuple(part.shape)} are not float32 ({NUM_NUMBERS},)")
+            if not part.isfinite().all():
+                raise ValueError("weights of novelty have values that are no numbers")
         if not (self.scale > 0).all():
             raise ValueError("a scale of novelty is not above 0")
 
@@ -60,10 +62,15 @@ class Novelty:
 
 @dataclass(frozen=True, eq=False)
 class NovelSpectrogram:
-    """`Statistics`: the attention spectrogram of a slot and the novelty of its token, in float16."""
+    """`Statistics`: the attention spectrogram of a slot, which is packed, and the novelty of its token, in float16."""
 
     novelty: Novelty
     spectrogram: AttentionSpectrogram = field(default_factory=AttentionSpectrogram)
+
+    def __post_init__(self) -> None:
+        # With 2 bytes behind it the next slot's float32 would not begin at a multiple of 4.
+        if not self.spectrogram.is_packed:
+            raise ValueError("there is no novelty beside a spectrogram with is_packed=False")
 
     @property
     def name(self) -> str:

@@ -3,24 +3,9 @@
 Shape suffixes: L KV source layer, H KV head, S slot.
 """
 
-from dataclasses import dataclass
-
 import torch
 
 from eunoe.eviction.policy import WindowShape
-
-
-@dataclass(frozen=True, slots=True)
-class RaggedSlots:
-    """Slots to keep where heads keep different numbers.
-
-    Attributes:
-        indices_LHS: Ascending, int64; only the first `num_kept_LH` of a head count.
-        num_kept_LH: int64.
-    """
-
-    indices_LHS: torch.Tensor
-    num_kept_LH: torch.Tensor
 
 
 def keep_best(scores_LHS: torch.Tensor, num_kept: int) -> torch.Tensor:
@@ -54,25 +39,3 @@ def keep_protected(scores_LHS: torch.Tensor, window: WindowShape, budget: int, n
     """The `min(budget, num_slots)` slots of each head with the best scores, sinks and the newest ones among them."""
     protected = protect(scores_LHS, window, budget, num_recent_tokens)
     return keep_best(protected, min(budget, window.num_slots))
-
-
-def keep_above(scores_HS: torch.Tensor, threshold: float = 0.0) -> torch.Tensor:
-    """NAMM's own rule for one layer: all heads keep as many slots as the greediest has at or above the threshold.
-
-    The newest slot always stays.
-    """
-    scores_HS = scores_HS.clone()
-    scores_HS[:, -1] = torch.inf
-    return keep_best(scores_HS, int((scores_HS >= threshold).sum(dim=-1).max()))
-
-
-def keep_above_ragged(scores_LHS: torch.Tensor, budget: int, threshold: float = 0.0) -> RaggedSlots:
-    """Each head its own slots at or above the threshold, at most `budget` of them; the newest always stays."""
-    scores_LHS = scores_LHS.clone()
-    scores_LHS[..., -1] = torch.inf
-    num_kept_LH = (scores_LHS >= threshold).sum(dim=-1).clamp_(max=budget)
-    rank_LHS = scores_LHS.sort(dim=-1, stable=True).indices.argsort(dim=-1)
-    is_evicted = rank_LHS < scores_LHS.shape[-1] - num_kept_LH[..., None]
-    # False before true, each in slot order.
-    order_LHS = is_evicted.to(torch.int8).sort(dim=-1, stable=True).indices
-    return RaggedSlots(order_LHS[..., : int(num_kept_LH.max())], num_kept_LH)

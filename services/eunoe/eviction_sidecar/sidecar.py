@@ -1,6 +1,7 @@
 """The eviction sidecar: wires its parts."""
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -16,6 +17,8 @@ from eunoe.eviction_sidecar.servicer import SERVICE_NAME, EvictionSidecarService
 from eunoe.internal.v1 import eviction_sidecar_pb2_grpc
 from eunoe.runtime.grpc_server import GrpcServer
 from eunoe.runtime.payload_files import remove_stale
+
+logger = logging.getLogger(__name__)
 
 _STALE_SECONDS = 600.0
 
@@ -50,9 +53,18 @@ async def running_sidecar(config: EvictionSidecarConfig) -> AsyncIterator[GrpcSe
 
 
 async def _watch_forever(catalogue: PolicyCatalogue, config: EvictionSidecarConfig) -> None:
+    problem = None
     while True:
         await asyncio.sleep(config.reload_seconds)
-        if await asyncio.to_thread(catalogue.refresh):
-            metrics.RELOADS.inc()
-        if config.payload_dir is not None:
-            await asyncio.to_thread(remove_stale, config.payload_dir, _STALE_SECONDS)
+        try:
+            if await asyncio.to_thread(catalogue.refresh):
+                metrics.RELOADS.inc()
+            if config.payload_dir is not None:
+                await asyncio.to_thread(remove_stale, config.payload_dir, _STALE_SECONDS)
+        except OSError as error:
+            # What cannot be read or removed now must not end the watch for good; once a look would fill the log.
+            if str(error) != problem:
+                logger.error("a directory cannot be looked after", extra={"problem": str(error)})
+            problem = str(error)
+        else:
+            problem = None

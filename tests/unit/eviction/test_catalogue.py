@@ -97,6 +97,15 @@ def test_the_first_rule_that_matches_counts(tmp_path: Path) -> None:
         ('[[rules]]\nstreams = "*"\npolicy = "key-norm/1"\nshadow = "sinks-recent/1"', "has no scores"),
         ('[[rules]]\nstreams = "*"\npolicy = "sinks-recent/1"\nshadow = "namm"', "nobody observes"),
         ('[[rules]]\nstreams = "*"\npolicy = "few"\nshadow = "namm"', "nobody observes"),
+        ('[rules]\nstreams = "*"\npolicy = "namm"', "rules.toml: rules is no list of tables"),
+        ('rules = ["namm"]', "rules.toml: rules is no list of tables"),
+        ('default = ["namm"]', r"rules.toml: default: \['namm'\] is no string"),
+        ('[[rules]]\nstreams = "*"\npolicy = ["namm"]', r"rules.toml: rule 1: policy: \['namm'\] is no string"),
+        (
+            '[[rules]]\nstreams = "a"\npolicy = "namm"\n[[rules]]\nstreams = ["b", "c"]\npolicy = "namm"',
+            "rules.toml: rule 2: streams: .* is no string",
+        ),
+        ('[[rules]]\nstreams = "*"\npolicy = "namm"\nshadow = 2026-11-26', "rules.toml: rule 1: shadow: "),
     ],
 )
 def test_rules_that_cannot_be_followed_are_refused_and_the_former_stay(
@@ -141,6 +150,23 @@ def test_a_broken_file_changes_nothing_until_it_is_mended(tmp_path: Path) -> Non
     assert not has_changed
     assert catalogue.refresh()
     assert chosen(catalogue, "any") == (a_namm(0.3).name, None)
+
+
+def test_rules_that_were_broken_are_read_again_though_the_file_looks_the_same(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    catalogue, path = catalogue_of(tmp_path, SINKS_RECENT), tmp_path / "rules.toml"
+    write(path, 'default = "key-norm/9"')
+    has_changed = [catalogue.refresh(), catalogue.refresh()]
+    before = path.stat()
+
+    path.write_text('default = "key-norm/1"')
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+    assert not any(has_changed)
+    assert len(caplog.records) == 1
+    assert catalogue.refresh()
+    assert chosen(catalogue, "any") == ("key-norm/1", None)
 
 
 def test_without_rules_a_broken_file_hides_no_other(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

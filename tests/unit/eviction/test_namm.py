@@ -14,7 +14,6 @@ from eunoe.decoder.tiny import tiny_config
 from eunoe.eviction import Namm, SinksRecent
 from eunoe.eviction.backward_attention import NUM_PARAMETERS, BackwardAttention
 from eunoe.eviction.namm import Normalization
-from eunoe.eviction.selection import keep_above_ragged
 from eunoe.eviction.spectrogram import AttentionSpectrogram
 
 MakeWindow = Callable[..., Any]
@@ -77,22 +76,6 @@ def test_heads_keep_different_tokens(decoder: Decoder) -> None:
 
     heads = {tuple(row.tolist()) for row in state.positions_LHS.flatten(0, 1)}
     assert len(heads) == 4
-
-
-def test_ragged_heads_are_bounded_too() -> None:
-    scores = random(2, 3, 200) + torch.tensor([2.0, 0.0, -2.0])[:, None]
-
-    ragged = keep_above_ragged(scores, budget=64)
-
-    assert ragged.num_kept_LH.unique().numel() > 1
-    assert ragged.num_kept_LH.max() == 64
-    for row, indices, num_kept in zip(
-        scores.flatten(0, 1), ragged.indices_LHS.flatten(0, 1), ragged.num_kept_LH.flatten(), strict=True
-    ):
-        kept = indices[:num_kept]
-        assert (kept.diff() > 0).all()
-        assert kept[-1] == 199
-        assert (row[kept[:-1]] >= 0).all()
 
 
 @pytest.mark.parametrize("num_observed_queries", [None, 128])
@@ -182,14 +165,15 @@ class Counting:
 
 
 def test_below_a_threshold_slots_leave_within_the_budget(a_window: MakeWindow) -> None:
-    policy = a_namm(threshold=0.5)
+    policy = a_namm(threshold=-1.0)
     window = a_window(policy, 200)
-    num_above = (policy.scores(policy.features(window))[..., 4:-8] >= 0.5).sum(dim=-1).max() + 12
+    num_above = (policy.scores(policy.features(window))[..., 4:-8] >= -1).sum(dim=-1).max() + 12
 
     kept = policy.keep(window, 190)
 
-    assert num_above < 190
+    assert 64 < num_above < 190
     assert kept.shape[-1] == num_above
+    assert policy.keep(window, 64).shape[-1] == 64
 
 
 def test_the_name_tells_parameters_constants_and_settings_apart() -> None:
@@ -230,3 +214,20 @@ def test_settings_that_cannot_work_are_refused() -> None:
         Normalization(torch.zeros(16), torch.ones(17))
     with pytest.raises(ValueError, match="neither"):
         BackwardAttention(torch.zeros(NUM_PARAMETERS), "sparse")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("num_recent_tokens", -1),
+        ("num_recent_tokens", "8"),
+        ("num_spare_slots", -20),
+        ("num_spare_slots", 1.5),
+        ("threshold", float("nan")),
+        ("threshold", float("inf")),
+        ("threshold", "high"),
+    ],
+)
+def test_a_setting_that_would_break_streams_is_refused_with_its_name(name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"{name}={value!r}"):
+        a_namm(**{name: value})

@@ -1,6 +1,7 @@
 """NAMM as published, claim by claim. The truth is a small float64 version written here from the equations alone."""
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +15,6 @@ from eunoe.decoder.state_codec import decode, encode, state_digest
 from eunoe.decoder.tiny import tiny_config
 from eunoe.eviction.backward_attention import NUM_PARAMETERS, SLICES, BackwardAttention
 from eunoe.eviction.namm import Namm, Normalization, age_embedding
-from eunoe.eviction.selection import keep_above, keep_above_ragged
 from eunoe.eviction.spectrogram import AttentionSpectrogram
 
 Array = npt.NDArray[np.float64]
@@ -116,6 +116,20 @@ def as_published(parameters: torch.Tensor, statistics: AttentionSpectrogram = EX
     return Namm(BackwardAttention(parameters), normalization, statistics, num_recent_tokens=1, threshold=threshold)
 
 
+@dataclass(frozen=True)
+class Shape:
+    """What a choice needs to know of a memory without sink tokens."""
+
+    num_slots: int
+    num_sink_tokens: int = 0
+
+
+def published_choice(scores_LHS: torch.Tensor) -> torch.Tensor:
+    """What the policy keeps as it is published: by the threshold alone, in a budget that has room for all."""
+    num_slots = scores_LHS.shape[-1]
+    return as_published(torch.zeros(NUM_PARAMETERS)).keep_scored(scores_LHS, Shape(num_slots), num_slots)
+
+
 def test_zero_parameters_keep_everything_and_change_nothing() -> None:
     decoder = Decoder.random(tiny_config(), seed=0, dtypes=Dtypes.float32())
     tokens = np.random.default_rng(0).integers(0, 512, 96)
@@ -129,7 +143,6 @@ def test_zero_parameters_keep_everything_and_change_nothing() -> None:
 
     assert (policy.scores(policy.features(evicting)) == 0).all()
     assert torch.equal(kept, torch.arange(96).expand(2, 2, 96))
-    assert torch.equal(keep_above(policy.scores(policy.features(evicting))[0]), torch.arange(96).expand(2, 96))
     assert logits is not None
     assert expected is not None
     assert torch.equal(logits, expected)
@@ -224,19 +237,15 @@ def test_features_of_an_old_token_leave_the_scores_of_newer_ones_unchanged() -> 
 
 
 def test_the_newest_token_is_always_kept() -> None:
-    scores = torch.full((3, 20), -5.0)
-
-    assert torch.equal(keep_above(scores), torch.full((3, 1), 19))
-    ragged = keep_above_ragged(scores, budget=10)
-    assert (ragged.num_kept_LH == 1).all()
-    assert (ragged.indices_LHS[:, 0] == 19).all()
+    assert torch.equal(published_choice(torch.full((1, 3, 20), -5.0)), torch.full((1, 3, 1), 19))
 
 
-def test_all_heads_keep_as_many_as_the_greediest_and_ragged_heads_exactly_their_own() -> None:
+def test_all_heads_keep_as_many_as_the_greediest_and_a_head_alone_exactly_its_own() -> None:
     scores = torch.from_numpy(random(4, 200, seed=3)).float() + torch.tensor([-1.0, -0.5, 0.0, 0.5])[:, None]
     above = [set(np.flatnonzero((row >= 0).numpy())) | {199} for row in scores]
 
-    kept, ragged = keep_above(scores), keep_above_ragged(scores, budget=200)
+    kept = published_choice(scores[None])[0]
+    alone = [published_choice(row[None, None])[0, 0] for row in scores]
 
     assert kept.shape == (4, max(map(len, above)))
     for row, head, wanted in zip(scores, kept, above, strict=True):
@@ -244,8 +253,8 @@ def test_all_heads_keep_as_many_as_the_greediest_and_ragged_heads_exactly_their_
         assert wanted <= set(head.tolist())
         evicted = sorted(set(range(200)) - set(head.tolist()))
         assert not evicted or row[evicted].max() <= row[head[:-1]].min()
-    for indices, num_kept, wanted in zip(ragged.indices_LHS, ragged.num_kept_LH, above, strict=True):
-        assert indices[:num_kept].tolist() == sorted(wanted)
+    for head, wanted in zip(alone, above, strict=True):
+        assert head.tolist() == sorted(wanted)
 
 
 def test_the_causal_mask_comes_from_the_numbers_of_slots_not_from_positions() -> None:

@@ -1,4 +1,5 @@
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,8 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from eunoe.eviction import Namm
-from eunoe.eviction.backward_attention import NUM_PARAMETERS, BackwardAttention
+from eunoe.eviction.backward_attention import NUM_PARAMETERS, BackwardAttention, num_parameters
 from eunoe.eviction.namm import BadNammFile, Normalization
+from eunoe.eviction.novelty import NUM_NUMBERS
 from eunoe.eviction.spectrogram import AttentionSpectrogram
 from eunoe.runtime.errors import UnknownVersion
 
@@ -21,6 +23,12 @@ SETTINGS: dict[str, Any] = {
     "num_recent_tokens": 32,
     "threshold": 0.5,
     "num_spare_slots": 16,
+}
+WITH_NOVELTY = {
+    "parameters": torch.zeros(num_parameters(26)),
+    "novelty_weight": torch.zeros(NUM_NUMBERS),
+    "novelty_mean": torch.zeros(NUM_NUMBERS),
+    "novelty_scale": torch.ones(NUM_NUMBERS),
 }
 
 
@@ -76,6 +84,7 @@ def test_equal_policies_are_equal_files(tmp_path: Path) -> None:
         ({"metadata": "[]"}, "holds no NAMM"),
         ({"metadata": "{}"}, "holds no NAMM"),
         ({"version": "one"}, "holds no NAMM"),
+        ({"version": math.inf}, "holds no NAMM"),
         ({"tensors": {"parameters": None}}, "parameters is not float32"),
         ({"tensors": {"parameters": torch.zeros(2026)}}, "parameters is not float32"),
         ({"tensors": {"normalization_mean": torch.zeros(17).double()}}, "normalization_mean is not float32"),
@@ -83,10 +92,28 @@ def test_equal_policies_are_equal_files(tmp_path: Path) -> None:
         ({"tensors": {"normalization_variance": -torch.ones(17)}}, "negative"),
         ({"metadata": '{"version": 1}'}, "attention"),
         ({"attention": "?"}, "neither dense nor blocks"),
+        ({"attention": []}, "neither dense nor blocks"),
         ({"num_observed_queries": 7}, "num_observed_queries"),
+        ({"num_observed_queries": 64.0}, "num_observed_queries=64.0 is of another type"),
+        ({"num_observed_queries": "64"}, "num_observed_queries='64' is of another type"),
+        ({"is_packed": "no"}, "is_packed='no' is of another type"),
+        ({"is_logarithmic": 1}, "is_logarithmic=1 is of another type"),
+        ({"num_recent_tokens": -1}, "num_recent_tokens=-1"),
+        ({"num_recent_tokens": 32.0}, "num_recent_tokens=32.0"),
+        ({"num_recent_tokens": "32"}, "num_recent_tokens='32'"),
+        ({"num_recent_tokens": None}, "num_recent_tokens=None"),
+        ({"num_spare_slots": -20}, "num_spare_slots=-20"),
+        ({"num_spare_slots": True}, "num_spare_slots=True"),
+        ({"threshold": math.nan}, "threshold=nan"),
+        ({"threshold": -math.inf}, "threshold=-inf"),
+        ({"threshold": 10**400}, "threshold=1000"),
+        ({"threshold": "0.5"}, "threshold='0.5'"),
+        ({"threshold": True}, "threshold=True"),
+        ({"tensors": WITH_NOVELTY}, "is_packed=False"),
+        ({"tensors": WITH_NOVELTY | {"novelty_scale": torch.zeros(NUM_NUMBERS)}, "is_packed": True}, "above 0"),
         ({"more": 1}, "more"),
     ],
-    ids=lambda value: value if isinstance(value, str) else next(iter(value)),
+    ids=lambda value: value if isinstance(value, str) else ", ".join(value),
 )
 def test_a_file_that_could_not_run_is_refused_with_its_reason(
     tmp_path: Path, wrong: dict[str, Any], reason: str

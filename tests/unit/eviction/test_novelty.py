@@ -122,10 +122,22 @@ def test_the_network_has_as_many_features_as_there_are() -> None:
         replace(a_namm(a_novelty()), statistics=AttentionSpectrogram())
 
 
+def test_novelty_beside_an_unpacked_spectrogram_is_refused() -> None:
+    with pytest.raises(ValueError, match="is_packed=False"):
+        NovelSpectrogram(a_novelty(), AttentionSpectrogram(is_packed=False))
+
+
 @pytest.mark.parametrize(
     "parts",
-    [(ONES[:5], ONES, ONES), (ONES, ONES.double(), ONES), (ONES, ONES, torch.zeros(NUM_NUMBERS))],
-    ids=["too few", "double", "no scale"],
+    [
+        (ONES[:5], ONES, ONES),
+        (ONES, ONES.double(), ONES),
+        (ONES, ONES, torch.zeros(NUM_NUMBERS)),
+        (ONES * torch.nan, ONES, ONES),
+        (ONES, ONES * torch.inf, ONES),
+        (ONES, ONES, ONES * torch.inf),
+    ],
+    ids=["too few", "double", "no scale", "nan weight", "infinite mean", "infinite scale"],
 )
 def test_weights_of_another_form_are_refused(parts: tuple[torch.Tensor, ...]) -> None:
     with pytest.raises(ValueError, match="novelty"):
