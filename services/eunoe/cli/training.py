@@ -1,5 +1,6 @@
 """Training: offline jobs on Ray."""
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -13,6 +14,20 @@ if TYPE_CHECKING:
 
 train = typer.Typer(help="Train parts of a model, on Ray.", no_args_is_help=True, rich_markup_mode=None)
 
+_NUM_VALIDATION_CASES = 8
+
+
+def _above_zero(value: float) -> float:
+    if not 0 < value < math.inf:
+        raise typer.BadParameter(f"{value} is no finite number above 0.")
+    return value
+
+
+def _finite(value: float) -> float:
+    if not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is not finite.")
+    return value
+
 
 @train.command("namm")
 def _namm(
@@ -23,20 +38,30 @@ def _namm(
         Path | None, typer.Option(help="NAMM to begin with, its normalization kept; default: all parameters zero.")
     ] = None,
     share: Annotated[
-        float, typer.Option(help="What the memory may have of the bytes of a full cache, while it is trained.")
+        float,
+        typer.Option(
+            max=1,
+            callback=_above_zero,
+            help="What the memory may have of the bytes of a full cache, while it is trained; above 0.",
+        ),
     ] = 0.25,
     segment: Annotated[int, typer.Option(min=1, help="Tokens of a segment.")] = 512,
     context: Annotated[int, typer.Option(min=1, help="Tokens of a case's context.")] = 4096,
-    cases: Annotated[int, typer.Option(min=2, help="Cases, the 8 for validation among them.")] = 64,
+    cases: Annotated[int, typer.Option(help=f"Cases, the {_NUM_VALIDATION_CASES} for validation among them.")] = 64,
     prompts: Annotated[int, typer.Option(min=1, help="Cases that a generation is evaluated on.")] = 16,
     population: Annotated[int, typer.Option(min=4, help="Members of a generation.")] = 32,
-    sigma: Annotated[float, typer.Option(help="First standard deviation of every parameter.")] = 0.065,
+    sigma: Annotated[
+        float, typer.Option(callback=_above_zero, help="First standard deviation of every parameter; above 0.")
+    ] = 0.065,
     covariance: Annotated[
         Literal["separable", "full"],
         typer.Option(help="What is learned of the distribution's shape: a variance each, or a matrix (slow)."),
     ] = "separable",
     reading_weight: Annotated[
-        float, typer.Option(help="What the cases count, one of four, that ask for nothing but to read on.")
+        float,
+        typer.Option(
+            min=0, callback=_finite, help="What the cases count, one of four, that ask for nothing but to read on."
+        ),
     ] = 0.25,
     race: Annotated[bool, typer.Option(help="Drop members that are clearly behind after 4, 8, ... prompts.")] = True,
     seed: Annotated[int, typer.Option(min=0, help="Of cases, samples and prompts.")] = 0,
@@ -55,6 +80,10 @@ def _namm(
     model loses in log-likelihood a token against a cache from which nothing is evicted, at best 0. Writes
     policy.safetensors, card.json and curve.png into the run's directory after every generation.
     """
+    if cases < _NUM_VALIDATION_CASES + prompts:
+        raise typer.BadParameter(
+            f"--cases {cases} is too few: {_NUM_VALIDATION_CASES} for validation and --prompts {prompts} of the others"
+        )
     from eunoe.embedded.models import resolve_model
     from eunoe.training.ray_session import ray_session
 
@@ -84,6 +113,7 @@ def _namm(
                 covariance=covariance,
                 seed=seed,
                 num_prompts=prompts,
+                num_validation_prompts=_NUM_VALIDATION_CASES,
                 race=RaceSettings() if race else None,
             ),
             num_workers=workers,
@@ -101,8 +131,10 @@ def _namm(
 @train.command("decoder")
 def _decoder(
     out: Annotated[Path, typer.Option(help="Directory of the run; one that was interrupted there goes on.")],
-    name: Annotated[str, typer.Option(help="Of the model, and of its directory in the run's.")] = "eunoe-nano",
-    seed: Annotated[int, typer.Option(min=0, help="Of first weights and samples; 0 is that of the shipped model.")] = 0,
+    name: Annotated[
+        str | None, typer.Option(help="Of the model, and of its directory; default: eunoe-nano or eunoe-nano-window.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of first weights and samples; 0 is the recipe's own.")] = 0,
     workers: Annotated[int, typer.Option(min=1, help="They share the samples of each step.")] = 1,
     threads: Annotated[int, typer.Option(min=1, help="Threads, and Ray's CPUs, of each worker.")] = 1,
     window_only: Annotated[
@@ -127,9 +159,11 @@ def _decoder(
         # They import Ray, which has its environment only now.
         from eunoe.cli.training_progress import DecoderTrainingProgress
         from eunoe.training.decoder.ray_training import DecoderTraining, train_decoder
-        from eunoe.training.decoder.recipe import NANO, NANO_TWIN, QUICK
+        from eunoe.training.decoder.recipe import NANO, NANO_TWIN
 
-        recipe = QUICK if quick else NANO_TWIN if window_only else NANO
+        name = name or ("eunoe-nano-window" if window_only else "eunoe-nano")
+        recipe = NANO_TWIN if window_only else NANO
+        recipe = recipe.in_a_few_steps() if quick else recipe
         training = DecoderTraining(
             directory=out, name=name, recipe=recipe.seeded(seed), num_workers=workers, num_threads=threads
         )
@@ -148,8 +182,10 @@ def _novelty(
     context: Annotated[int, typer.Option(min=200, help="Tokens of a case's context.")] = 1000,
     cases: Annotated[int, typer.Option(min=1, help="How many.")] = 120,
     seed: Annotated[int, typer.Option(min=0, help="Of the cases.")] = 1,
-    attention: Annotated[float, typer.Option(help="What attention received counts in the score.")] = 0.25,
-    novelty: Annotated[float, typer.Option(help="What novelty counts in the score.")] = 1.0,
+    attention: Annotated[
+        float, typer.Option(callback=_finite, help="What attention received counts in the score.")
+    ] = 0.25,
+    novelty: Annotated[float, typer.Option(callback=_finite, help="What novelty counts in the score.")] = 1.0,
     threads: Annotated[int | None, typer.Option(min=1, help="Of the model; default: all.")] = None,
 ) -> None:
     """Learn what marks the tokens that questions will need; the result is a NAMM to start `eunoe train namm` from.

@@ -4,6 +4,7 @@ What happens depends on the settings and on fitness, not on who evaluates, how m
 they answer.
 """
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -39,9 +40,24 @@ class EvolutionSettings:
     """... after every so many generations. The best mean is the result."""
 
     def __post_init__(self) -> None:
-        for name in ("num_prompts", "num_validation_prompts", "validation_interval"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} is below 1")
+        least = {"population": 4, "num_prompts": 1, "num_validation_prompts": 1, "validation_interval": 1}
+        for name, minimum in least.items():
+            if getattr(self, name) < minimum:
+                raise ValueError(f"{name}={getattr(self, name)} is below {minimum}")
+        if not 0 < self.sigma < math.inf:
+            raise ValueError(f"sigma={self.sigma} is no finite number above 0")
+
+    def check_num_prompts(self, num_prompts: int) -> None:
+        """Whether so many prompts will do.
+
+        Raises:
+            ValueError: If they are too few for validation and a generation.
+        """
+        if num_prompts < self.num_validation_prompts + self.num_prompts:
+            raise ValueError(
+                f"{num_prompts} prompts are too few: {self.num_validation_prompts} for validation and "
+                f"{self.num_prompts} of the others for a generation"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -105,7 +121,7 @@ class Evolution:
         best_generation: After which generation it was the mean.
 
     Raises:
-        ValueError: If there are too few prompts, or a setting is out of range.
+        ValueError: If there are too few prompts.
         DivergedReplay: If the past cannot be repeated here to the last bit.
     """
 
@@ -117,14 +133,9 @@ class Evolution:
         evaluate: Evaluate,
         past: Sequence[Generation] = (),
     ) -> None:
-        num_training = num_prompts - settings.num_validation_prompts
-        if num_training < settings.num_prompts:
-            raise ValueError(
-                f"{num_prompts} prompts are too few: {settings.num_validation_prompts} for validation and "
-                f"{settings.num_prompts} of the others for a generation"
-            )
+        settings.check_num_prompts(num_prompts)
         self._settings = settings
-        self._num_training = num_training
+        self._num_training = num_prompts - settings.num_validation_prompts
         self._evaluate = evaluate
         self._strategy = Strategy(
             start,

@@ -18,10 +18,11 @@ from typing import Any, Protocol
 
 import torch
 
+from eunoe.decoder.checkpoint import load_config, load_dtypes
 from eunoe.eviction import Namm
 from eunoe.training.curve import draw_curve
 from eunoe.training.evolution import Evaluate, Evolution, EvolutionSettings, Generation
-from eunoe.training.policy_objective import ObjectiveSettings, ObjectiveWorker
+from eunoe.training.policy_objective import ObjectiveSettings, ObjectiveWorker, check_cases
 from eunoe.training.racing import Unit
 from eunoe.training.run_directory import RunDirectory, write_whole
 from eunoe.training.spectrogram_moments import normalization_of
@@ -32,7 +33,11 @@ from eunoe.training.worker_pool import Call, WorkerPool
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NammTraining:
-    """What to evolve, on what, with whom."""
+    """What to evolve, on what, with whom.
+
+    Raises:
+        ValueError: If there are too few cases.
+    """
 
     directory: Path
     """Of the run; one that holds a run with the same settings goes on with it."""
@@ -53,6 +58,9 @@ class NammTraining:
     """See `WorkerPool`."""
     num_threads: int = 1
     """Of a worker."""
+
+    def __post_init__(self) -> None:
+        self.evolution.check_num_prompts(len(self.cases))
 
 
 class Watcher(Protocol):
@@ -101,9 +109,17 @@ def train_namm(training: NammTraining, num_generations: int, watcher: Watcher, p
 
     Raises:
         BadRunDirectory: If the directory holds another run.
-        ValueError: If there are too few cases, or one that cannot be used.
+        ValueError: If a case cannot be used.
         Unavailable: If no worker starts.
     """
+    # Before a worker fails of them, and before the directory is this run's.
+    check_cases(
+        training.cases,
+        training.start.statistics,
+        training.objective,
+        load_config(training.model_path),
+        load_dtypes(training.model_path),
+    )
     with RunDirectory(training.directory, _settings(training)) as run:
         start = _start(training, pool, watcher)
         evolution = Evolution(

@@ -5,6 +5,7 @@ token is part of what is asked for comes out, by logistic regression. The rest o
 `attention` times the normalised logarithm of the spectrogram's constant bin plus `novelty` times the novelty.
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -47,6 +48,12 @@ class NoveltyTraining:
     num_recent_tokens: int = 1 << 20
     num_unlearned_tokens: int = 64
 
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.attention) and math.isfinite(self.novelty)):
+            raise ValueError(f"attention={self.attention} and novelty={self.novelty} are not both finite")
+        if self.num_unlearned_tokens < 0:
+            raise ValueError(f"num_unlearned_tokens={self.num_unlearned_tokens} is below 0")
+
 
 def train_novelty(decoder: Decoder, cases: Iterable[Case], training: NoveltyTraining) -> Namm:
     """A NAMM that keeps what is unlike its surroundings and what receives attention.
@@ -57,7 +64,7 @@ def train_novelty(decoder: Decoder, cases: Iterable[Case], training: NoveltyTrai
         training: See there.
 
     Raises:
-        ValueError: If no case has a needle.
+        ValueError: If no case has a needle among the tokens that teach something, or they are nothing else.
     """
     spectrogram = AttentionSpectrogram(training.num_observed_queries)
     inputs, targets, bins = [], [], []
@@ -67,8 +74,8 @@ def train_novelty(decoder: Decoder, cases: Iterable[Case], training: NoveltyTrai
         targets.append(_needed(case))
         assert state.statistics_LHSB is not None
         bins.append(spectrogram.unpack(state.statistics_LHSB)[0][:, :, ::_STRIDE].flatten(0, 2))
-    if not inputs or not torch.cat(targets).any():
-        raise ValueError("no case has anything that a question needs")
+    if not inputs:
+        raise ValueError("there is no case to learn from")
     novelty = _fitted(inputs, targets, training.num_unlearned_tokens)
     bins_SF = log_bins(torch.cat(bins))
     parameters = torch.zeros(num_parameters(NUM_FEATURES + 1))
@@ -111,9 +118,13 @@ def _fitted(inputs: list[torch.Tensor], targets: list[torch.Tensor], num_unlearn
     """Logistic regression, both classes of equal weight; over all tokens the sum has mean 0 and deviation 1."""
     every = torch.cat(inputs)
     mean, scale = every.mean(dim=0), every.std(dim=0).clamp_min(1e-6)
-    learned = slice(num_unlearned, -num_unlearned)
-    x = torch.cat([(each[learned] - mean) / scale for each in inputs])
-    y = torch.cat([each[learned] for each in targets])
+    learned = [slice(num_unlearned, len(each) - num_unlearned) for each in inputs]
+    x = torch.cat([(each[part] - mean) / scale for each, part in zip(inputs, learned, strict=True)])
+    y = torch.cat([each[part] for each, part in zip(targets, learned, strict=True)])
+    if not 0 < y.sum() < len(y):
+        raise ValueError(
+            f"no case has tokens that a question needs, and others, beyond the {num_unlearned} at each of its ends"
+        )
     weight = torch.zeros(NUM_NUMBERS, requires_grad=True)
     bias = torch.zeros((), requires_grad=True)
     optimizer = torch.optim.Adam([weight, bias], lr=_LEARNING_RATE)

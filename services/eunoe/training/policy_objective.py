@@ -6,24 +6,27 @@ Doing better than the full cache is not rewarded: that would be learning the cas
 (`continuation`) count by a weight.
 """
 
+import math
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
 
+from eunoe.decoder.config import DecoderConfig, Dtypes
 from eunoe.decoder.decoder import Decoder
 from eunoe.decoder.memory_state import MemoryState
 from eunoe.eviction import EvictionPolicy
 from eunoe.eviction.novelty import NovelSpectrogram
 from eunoe.eviction.spectrogram import AttentionSpectrogram
-from eunoe.training.evaluation import Evaluation, KeepAll
+from eunoe.training.evaluation import Evaluation, KeepAll, full_cache_bytes, slots_within
 from eunoe.training.spectrogram_moments import Moments
 from eunoe.training.tasks.case import Case
 from eunoe.training.tasks.continuation import TASK as READING
 
 # Memories before the first eviction that one worker keeps: SmolLM2's take 62 MB each with 1,024 slots and a segment.
 _MAX_PREPARED = 16
+_NUM_SINK_TOKENS = 4
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,15 +34,43 @@ class ObjectiveSettings:
     """What fitness means."""
 
     share: float = 0.25
-    """What the memory may have of a full cache's bytes; see `Evaluation`."""
+    """What the memory may have of a full cache's bytes, above 0 and at most 1; see `Evaluation`."""
     segment_length: int = 512
     """As of the streams that it will be used for."""
     reading_weight: float = 0.25
     """What a case that only goes on reading counts."""
 
     def __post_init__(self) -> None:
-        if not self.reading_weight >= 0:
-            raise ValueError(f"{self.reading_weight=} is below 0")
+        if not 0 < self.share <= 1:
+            raise ValueError(f"share={self.share} is not above 0 and at most 1")
+        if not 0 <= self.reading_weight < math.inf:
+            raise ValueError(f"reading_weight={self.reading_weight} is no finite number from 0")
+
+
+def check_cases(
+    cases: Sequence[Case],
+    statistics: AttentionSpectrogram | NovelSpectrogram,
+    settings: ObjectiveSettings,
+    config: DecoderConfig,
+    dtypes: Dtypes,
+) -> None:
+    """Whether cases can be asked of a model's bounded memory; takes the model's shape and binding, not its weights.
+
+    Raises:
+        ValueError: If a case's budget has no room for more than sink tokens, or its question and answer do not fit
+            into a segment.
+    """
+    for index, case in enumerate(cases):
+        num_bytes = settings.share * full_cache_bytes(len(case.context), config, dtypes)
+        num_slots = slots_within(num_bytes, config, dtypes, statistics)
+        if num_slots <= _NUM_SINK_TOKENS:
+            raise ValueError(
+                f"case {index} has room for {num_slots} slots with share={settings.share}, {_NUM_SINK_TOKENS} of them "
+                "for sink tokens"
+            )
+        num_asked = len(case.question) + len(case.answer)
+        if num_asked > settings.segment_length:
+            raise ValueError(f"case {index} asks {num_asked} tokens, a segment has {settings.segment_length}")
 
 
 class PolicyObjective:
@@ -52,8 +83,7 @@ class PolicyObjective:
         settings: What fitness means.
 
     Raises:
-        ValueError: If a case's whole context fits into its budget, or nothing does, or its question and answer do not
-            fit into a segment.
+        ValueError: As `check_cases`.
     """
 
     def __init__(
@@ -63,21 +93,20 @@ class PolicyObjective:
         statistics: AttentionSpectrogram | NovelSpectrogram,
         settings: ObjectiveSettings,
     ) -> None:
+        check_cases(cases, statistics, settings, decoder.config, decoder.dtypes)
         self._decoder = decoder
         self._cases = cases
         self._keep_all = KeepAll(statistics)
         self._statistics = statistics
         self._settings = settings
-        self._evaluation = Evaluation(decoder=decoder, share=settings.share, segment_length=settings.segment_length)
+        self._evaluation = Evaluation(
+            decoder=decoder,
+            share=settings.share,
+            segment_length=settings.segment_length,
+            num_sink_tokens=_NUM_SINK_TOKENS,
+        )
         self._full: dict[int, float] = {}
         self._prepared: OrderedDict[int, MemoryState] = OrderedDict()
-        for index, case in enumerate(cases):
-            budget = self._evaluation.settings(len(case.context), self._keep_all).kv_budget_tokens
-            if budget >= len(case.context):
-                raise ValueError(f"case {index} has {len(case.context)} tokens of context for {budget} slots")
-            num_asked = len(case.question) + len(case.answer)
-            if num_asked > settings.segment_length:
-                raise ValueError(f"case {index} asks {num_asked} tokens, a segment has {settings.segment_length}")
 
     def fitness(self, policy: EvictionPolicy, prompt: int) -> float:
         """At most 0.

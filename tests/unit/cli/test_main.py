@@ -44,6 +44,14 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
         (["train", "namm"], 2, "--out"),
         (["train", "namm", "--out", "run", "--covariance", "?"], 2, "--covariance"),
         (["train", "namm", "--out", "run", "--model", "nonsense"], 4, "no model"),
+        # Before the model is looked for, and long before Ray starts.
+        (["train", "namm", "--out", "run", "--model", "nonsense", "--cases", "20"], 2, "--cases 20 is too few"),
+        (["train", "namm", "--out", "run", "--model", "nonsense", "--share", "25"], 2, "--share"),
+        (["train", "namm", "--out", "run", "--model", "nonsense", "--share", "0"], 2, "--share"),
+        (["train", "namm", "--out", "run", "--model", "nonsense", "--sigma", "0"], 2, "--sigma"),
+        (["train", "namm", "--out", "run", "--model", "nonsense", "--sigma", "nan"], 2, "--sigma"),
+        (["train", "namm", "--out", "run", "--model", "nonsense", "--reading-weight", "inf"], 2, "--reading-weight"),
+        (["train", "novelty", "--out", "namm", "--model", "nonsense", "--attention", "nan"], 2, "--attention"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else str(value),
 )

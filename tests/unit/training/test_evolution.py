@@ -104,7 +104,18 @@ def test_too_few_prompts_are_refused() -> None:
         Evolution(SETTINGS, START, 9, evaluate)
 
 
-@pytest.mark.parametrize("name", ["num_prompts", "num_validation_prompts", "validation_interval"])
-def test_settings_that_cannot_work_are_refused(name: str) -> None:
-    with pytest.raises(ValueError, match=name):
-        EvolutionSettings(**{name: 0})
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("population", 3),
+        ("sigma", 0.0),
+        ("sigma", float("nan")),
+        ("sigma", float("inf")),
+        ("num_prompts", 0),
+        ("num_validation_prompts", 0),
+        ("validation_interval", 0),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"{name}={value}"):
+        EvolutionSettings(**{name: value})

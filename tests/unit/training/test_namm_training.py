@@ -200,6 +200,40 @@ def test_a_given_start_is_the_first_mean_with_its_constants(tmp_path: Path, mode
     assert watcher.began_with == ["generation 0"]
 
 
+class NoPool:
+    """Workers that nobody may ask for."""
+
+    def share(self, value: Any) -> Any:
+        raise AssertionError
+
+    def map(self, method: str, calls: Sequence[Call], on_done: Callable[[], None]) -> list[Any]:
+        raise AssertionError
+
+
+@pytest.mark.parametrize(
+    ("objective", "reason"),
+    [
+        (ObjectiveSettings(segment_length=8), "a segment has 8"),
+        (ObjectiveSettings(segment_length=128, share=0.001), "4 of them for sink tokens"),
+    ],
+    ids=["short segments", "small share"],
+)
+def test_cases_that_cannot_be_used_are_refused_before_a_worker_starts_or_a_run_begins(
+    tmp_path: Path, model_path: Path, objective: ObjectiveSettings, reason: str
+) -> None:
+    training = a_training(tmp_path / "run", model_path, objective=objective)
+
+    with pytest.raises(ValueError, match=reason):
+        train_namm(training, 1, Interrupting(), NoPool())
+
+    assert not (tmp_path / "run").exists()
+
+
+def test_too_few_cases_are_refused_before_anything_is_done(tmp_path: Path, model_path: Path) -> None:
+    with pytest.raises(ValueError, match="6 prompts are too few: 2 for validation and 5"):
+        a_training(tmp_path, model_path, evolution=EvolutionSettings(num_prompts=5, num_validation_prompts=2))
+
+
 def test_a_quarter_of_the_training_mix_reads_on_and_nothing_is_held_out(model_path: Path) -> None:
     mix = training_mix(400, 16, seed=0, tokenizer=load_tokenizer(model_path))
 

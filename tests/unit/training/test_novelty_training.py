@@ -1,6 +1,7 @@
 """Learning what marks the tokens that a question needs."""
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -66,6 +67,31 @@ def test_equal_cases_make_equal_policies(decoder: Decoder) -> None:
     assert isinstance(first.statistics, NovelSpectrogram)
 
 
-def test_without_anything_to_find_nothing_is_learned(decoder: Decoder) -> None:
+@pytest.mark.parametrize(
+    ("needles", "num_unlearned_tokens"),
+    [((), 4), (((40, 52),), 64), (((128, 140),), 64), (((10, 180),), 64), (((90, 100),), 150)],
+    ids=["no needle", "at the start", "at the end", "nothing else", "nothing left"],
+)
+def test_without_anything_to_find_between_the_ends_nothing_is_learned(
+    decoder: Decoder, needles: tuple[tuple[int, int], ...], num_unlearned_tokens: int
+) -> None:
+    training = replace(TRAINING, num_unlearned_tokens=num_unlearned_tokens)
+
     with pytest.raises(ValueError, match="no case"):
-        train_novelty(decoder, [a_case(0, has_needle=False)], TRAINING)
+        train_novelty(decoder, [replace(a_case(0), needles=needles)], training)
+
+
+def test_without_protected_ends_the_whole_context_teaches(decoder: Decoder) -> None:
+    training = replace(TRAINING, num_unlearned_tokens=0)
+
+    policy = train_novelty(decoder, [replace(a_case(0), needles=((0, 4),))], training)
+
+    assert isinstance(policy.statistics, NovelSpectrogram)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("attention", float("nan")), ("novelty", float("inf")), ("num_unlearned_tokens", -1)]
+)
+def test_settings_that_cannot_work_are_refused(name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"{name}={value}"):
+        NoveltyTraining(**{name: value})

@@ -88,10 +88,9 @@ def test_reading_on_counts_by_its_weight(decoder: Decoder) -> None:
     assert min(fitness) < 0
 
 
-@pytest.mark.parametrize(("share", "reason"), [(1.7, "100 tokens of context for 1"), (0.01, "must be from 0 to below")])
-def test_budgets_that_evict_nothing_or_have_no_room_are_refused(decoder: Decoder, share: float, reason: str) -> None:
-    with pytest.raises(ValueError, match=reason):
-        an_objective(decoder, a_case(100), share=share)
+def test_a_share_without_room_for_more_than_sink_tokens_is_refused(decoder: Decoder) -> None:
+    with pytest.raises(ValueError, match="case 1 has room for 4 slots"):
+        an_objective(decoder, a_case(150), a_case(100), share=0.06)
 
 
 def test_a_question_longer_than_a_segment_is_refused(decoder: Decoder) -> None:
@@ -99,9 +98,17 @@ def test_a_question_longer_than_a_segment_is_refused(decoder: Decoder) -> None:
         an_objective(decoder, a_case(), a_case(question=np.zeros(30, np.int64)))
 
 
-def test_a_negative_weight_is_refused() -> None:
-    with pytest.raises(ValueError, match="reading_weight"):
-        ObjectiveSettings(reading_weight=-1.0)
+@pytest.mark.parametrize("name", ["share", "reading_weight"])
+@pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf")])
+def test_settings_that_cannot_work_are_refused(name: str, value: float) -> None:
+    with pytest.raises(ValueError, match=f"{name}={value}"):
+        ObjectiveSettings(**{name: value})
+
+
+@pytest.mark.parametrize("share", [0.0, 1.1, 25.0])
+def test_a_share_of_nothing_or_of_more_than_a_full_cache_is_refused(share: float) -> None:
+    with pytest.raises(ValueError, match=f"share={share}"):
+        ObjectiveSettings(share=share)
 
 
 def test_normalization_is_of_all_slots_at_every_boundary_of_a_full_cache(decoder: Decoder) -> None:
