@@ -34,10 +34,12 @@ from _report import Report, arguments
 from eunoe.api.v1 import long_context_pb2 as api
 from eunoe.client import AppendProgress, AsyncClient, StreamSettings
 from eunoe.clients.state_store import StateStoreClient
+from eunoe.decoder.checkpoint import load_stream_defaults
 from eunoe.embedded.models import resolve_model
 from eunoe.embedded.platform import Platform
 from eunoe.internal.v1 import state_store_pb2 as pb
 from eunoe.runtime.grpc_channel import open_channel
+from eunoe.training.bootstrap import mean_interval, share_interval
 from eunoe.training.decoder.export import load
 from eunoe.training.decoder.passkey import question
 from eunoe.training.decoder.passkey_evaluation import (
@@ -52,7 +54,6 @@ from eunoe.training.decoder.passkey_evaluation import (
 LENGTHS = {"10k": 10_240, "32k": 1 << 15, "128k": 1 << 17, "256k": 1 << 18, "512k": 1 << 19, "1m": 1 << 20}
 DEPTHS = {"start": 0.0, "middle": 0.5, "end": 1.0}
 CONTROLS: tuple[MemoryUse, ...] = ("window_only", "zeroed")
-SEGMENT_LENGTH = 128
 
 
 def main() -> None:
@@ -90,14 +91,14 @@ def parsed_options() -> argparse.Namespace:
 
 def ask_side_by_side(report: Report, options: argparse.Namespace, directory: Path) -> None:
     """All documents in one batch; before, a few of at most 32 KiB with each control."""
-    model = load(directory)
+    model, segment_length = load(directory), load_stream_defaults(directory).segment_length
     short = [length for length in options.lengths if LENGTHS[length] <= LENGTHS["32k"]]
     controlled = list(documents_of(options, short, min(10, options.batched)))
     for use in (*CONTROLS, "all"):
         documents = controlled if use != "all" else list(documents_of(options, options.lengths, options.batched))
         sizes = Counter(document.cell for document in documents)
         said: dict[str, list[tuple[PasskeyCase, bytes]]] = {}
-        for index, given in answered(model, [document.case for document in documents], SEGMENT_LENGTH, use):
+        for index, given in answered(model, [document.case for document in documents], segment_length, use):
             cell = documents[index].cell
             so_far = said.setdefault(cell, [])
             so_far.append((documents[index].case, given))
@@ -106,10 +107,12 @@ def ask_side_by_side(report: Report, options: argparse.Namespace, directory: Pat
 
 
 def add_cell(report: Report, name: str, said: Sequence[tuple[PasskeyCase, bytes]]) -> None:
-    """Shares of digits and of whole answers that are right."""
+    """Shares of digits and of whole answers that are right, with intervals of 95%; digits come by answers."""
     (score,) = scores([case for case, _ in said], [given for _, given in said]).values()
-    report.add(name, score.digit_accuracy, f"of the digits of {score.num_cases} answers")
-    report.add(f"{name}_exact", score.exact_match, "of the answers")
+    low, high = mean_interval(score.digit_shares)
+    report.add(name, score.digit_accuracy, f"{low:.3f} to {high:.3f} of the digits of {len(said)} answers")
+    low, high = share_interval(score.num_exact, len(said))
+    report.add(f"{name}_exact", score.num_exact / len(said), f"{low:.3f} to {high:.3f} of the answers")
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,7 +199,7 @@ async def ask_platform(report: Report, options: argparse.Namespace, platform: Pl
                 assert (await client.get_stream(said[0].name)).state_digest == said[0].digest
                 num_verified += (await client.verify_stream(said[0].name)).verdict == api.VERDICT_VERIFIED
         report.add("digests_verified", num_verified, f"of {len(options.depths)}, one stream a depth")
-        await time_alone(report, client, longest, options)
+        await time_alone(report, client, platform, longest, options)
         await move(report, client, platform, longest, options)
 
 
@@ -224,8 +227,10 @@ async def answer(client: AsyncClient, name: str) -> bytes:
     return summary.text.encode()
 
 
-async def time_alone(report: Report, client: AsyncClient, length: str, options: argparse.Namespace) -> None:
-    """How long one document takes that has the platform for itself, and the size of its memory."""
+async def time_alone(
+    report: Report, client: AsyncClient, platform: Platform, length: str, options: argparse.Namespace
+) -> None:
+    """How long one document takes that has the platform for itself, and the size of its checkpoint."""
     samples: list[tuple[float, int]] = []
     document, _ = a_document(length, options)
 
@@ -238,13 +243,14 @@ async def time_alone(report: Report, client: AsyncClient, length: str, options: 
     stream = await client.append("alone", document, on_progress=on_progress)
     end = time.perf_counter()
     report.add(f"seconds_{length}", end - start, f"{len(document) / (end - start):,.0f} bytes/s, nothing else runs")
-    report.add(f"state_bytes_{length}", stream.state_bytes, "of the checkpoint: window of 128 bytes, float32")
+    window = f"a window of {stream.settings.kv_budget_tokens} bytes, float32"
+    report.add(f"state_bytes_{length}", await checkpoint_bytes(platform, stream.name), f"of the checkpoint: {window}")
     points = [(start, 0), *samples, (end, len(document))]
     first, last = seconds_between(points, 0.0, 0.1), seconds_between(points, 0.9, 1.0)
     report.add(f"flatness_{length}", first / last, "speed of the last tenth over that of the first")
     await client.create_stream("short")
     short = await client.append("short", document[: LENGTHS["10k"]])
-    report.add("state_bytes_10k", short.state_bytes, f"after {LENGTHS['10k']:,} bytes")
+    report.add("state_bytes_10k", await checkpoint_bytes(platform, short.name), f"after {LENGTHS['10k']:,} bytes")
 
 
 def a_document(length: str, options: argparse.Namespace) -> tuple[bytes, bytes]:
@@ -281,10 +287,20 @@ async def move(
     report.add("moved_and_forked_answers_right", sum(each == expected for each in given), f"of 3: {given}")
 
 
+async def checkpoint_bytes(platform: Platform, name: str) -> int:
+    """What a stream's newest checkpoint takes in the state store."""
+    return sum(chunk.length for chunk in (await stored(platform, name)).manifest.chunks)
+
+
+async def stored(platform: Platform, name: str) -> pb.StreamRecord:
+    """What the state store knows of a stream."""
+    async with open_channel(platform.state_store_address) as channel:
+        return (await StateStoreClient(channel).get_stream(pb.GetStreamRequest(name=name))).record
+
+
 async def owner(platform: Platform, name: str) -> psutil.Process:
     """The process of the worker that holds a stream's lease."""
-    async with open_channel(platform.state_store_address) as channel:
-        record = (await StateStoreClient(channel).get_stream(pb.GetStreamRequest(name=name))).record
+    record = await stored(platform, name)
     port = int(record.lease.address.rpartition(":")[2])
     host = next(process for process in platform.record.processes if process.name == "ray_host")
     for process in psutil.Process(host.pid).children(recursive=True):

@@ -72,6 +72,6 @@ async def test_the_memory_is_as_large_after_ten_times_the_text(
     sizes = []
     for seed in range(2):
         await platform.append(name, make_text(500 * 10**seed, seed=seed))
-        sizes.append((await platform.flush(worker, name)).stream.state_bytes)
+        sizes.append(sum(chunk.length for chunk in (await platform.flush(worker, name)).manifest.chunks))
 
-    assert sizes[0] == sizes[1]
+    assert sizes[0] == sizes[1] > 0

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from eunoe.training.bootstrap import difference_interval, mean_interval
+from eunoe.training.bootstrap import difference_interval, mean_interval, share_interval
 
 
 def test_equal_values_leave_no_doubt() -> None:
@@ -32,3 +32,15 @@ def test_what_is_no_pair_is_refused() -> None:
         difference_interval([1.0], [1.0, 2.0])
     with pytest.raises(ValueError, match="no values"):
         mean_interval([])
+
+
+def test_forty_right_answers_of_forty_leave_a_doubt() -> None:
+    assert share_interval(40, 40) == (pytest.approx(0.912, abs=5e-4), 1.0)
+    # Wilson's for 3 of 10, as in Agresti and Coull's tables.
+    assert share_interval(3, 10) == pytest.approx((0.108, 0.603), abs=5e-4)
+
+
+@pytest.mark.parametrize(("num_right", "count"), [(0, 0), (2, 1), (-1, 4)])
+def test_what_is_no_share_is_refused(num_right: int, count: int) -> None:
+    with pytest.raises(ValueError, match="no share"):
+        share_interval(num_right, count)

@@ -17,7 +17,7 @@ SMALL = NanoConfig(
     num_layers=2, hidden_size=16, num_query_heads=2, num_kv_heads=1, head_dim=8, intermediate_size=24
 )  # fmt: skip
 STAGE = Stage(
-    task=PasskeyTask(length=320, first_gap=(64, 100), gap=(0, 60), questions_bytes=120),
+    task=PasskeyTask(length=320, least_gap=64, gap=(0, 60), questions_bytes=120),
     segment_length=32,
     bytes_per_step=640,
     max_steps=3,

@@ -12,7 +12,7 @@ from eunoe.training.decoder.differentiable import (
     NanoDecoder,
     SegmentPlan,
     elu_features,
-    update,
+    update_delta,
 )
 from eunoe_kernels.compressive_memory import features_reference, update_reference
 
@@ -53,19 +53,20 @@ def _tokens(num_segments: int, seed: int = 0) -> Tensor:
     return torch.randint(0, 256, (2, num_segments * SEGMENT), generator=torch.Generator().manual_seed(seed))
 
 
-RULES = [("linear", False, True), ("linear", False, False), ("linear", True, True), ("delta", False, True),
-         ("delta", True, True)]  # fmt: skip
+RULES = [("linear", False, True), ("linear", False, False), ("delta", False, True), ("delta", True, True)]
 
 
 @pytest.mark.parametrize(("rule", "uses_gamma", "has_write_gate"), RULES)
 @torch.no_grad()
 def test_segments_at_once_equal_segments_one_by_one(rule: str, uses_gamma: bool, has_write_gate: bool) -> None:
     config = _config(rule, uses_gamma=uses_gamma, has_write_gate=has_write_gate)
-    model, plan, tokens = _model(config), _plan(config), _tokens(6)
-    whole, whole_states = model(tokens, plan)
+    model, tokens = _model(config), _tokens(6)
+    scale = torch.rand(2, 6, 1, 1, 1, generator=torch.Generator().manual_seed(4)).double()
+    whole, whole_states = model(tokens, _plan(config, write_scale=scale))
     states, parts = None, []
-    for start in range(0, tokens.shape[1], SEGMENT):
-        part, states = model(tokens[:, start : start + SEGMENT], plan, states)
+    for index in range(6):
+        plan = _plan(config, write_scale=scale[:, index : index + 1])
+        part, states = model(tokens[:, index * SEGMENT : (index + 1) * SEGMENT], plan, states)
         parts.append(part)
     torch.testing.assert_close(torch.cat(parts, dim=1), whole)
     assert states is not None
@@ -169,18 +170,18 @@ def test_writing_a_segment_more_often_equals_a_larger_write_scale() -> None:
     torch.testing.assert_close(repeated.memory, scaled.memory)
 
 
-@pytest.mark.parametrize(("rule", "uses_gamma"), [("linear", False), ("delta", False), ("delta", True)])
+@pytest.mark.parametrize("uses_gamma", [False, True])
 @torch.no_grad()
-def test_the_memory_is_written_as_by_the_kernel_that_serves_it(rule: str, uses_gamma: bool) -> None:
+def test_the_delta_rule_writes_as_the_kernel_that_serves_it(uses_gamma: bool) -> None:
     generator = torch.Generator().manual_seed(6)
     memory, expected, normalizer = torch.zeros(1, 2, 8, 9), torch.zeros(2, 8, 8), torch.zeros(2, 8)
     # The later batches write far more than the first.
     for num_tokens, weight in ((4, 0.1), (64, 0.9), (64, 0.9), (64, 0.9)):
         keys, values = (torch.randn(2, num_tokens, 8, generator=generator) for _ in range(2))
         weights = torch.full((2, num_tokens), weight)
-        settings = {"rule": rule, "uses_gamma": uses_gamma}
-        update_reference(expected, normalizer, keys, values, weights, **settings)  # type: ignore[arg-type]
-        memory = update(memory, elu_features(keys)[None], values[None], weights[None, ..., None], **settings)  # type: ignore[arg-type]
+        update_reference(expected, normalizer, keys, values, weights, rule="delta", uses_gamma=uses_gamma)
+        features = elu_features(keys)[None]
+        memory = update_delta(memory, features, values[None], weights[None, ..., None], uses_gamma=uses_gamma)
     torch.testing.assert_close(memory[0, ..., :-1], expected, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(memory[0, ..., -1], normalizer, atol=1e-4, rtol=1e-4)
 

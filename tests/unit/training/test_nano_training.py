@@ -19,11 +19,12 @@ from eunoe.training.decoder.margin import SHUT, head_margins, recalling_head, sh
 from eunoe.training.decoder.passkey import ANSWER, COPY, MASKED, PLAIN, PasskeyTask, draw, needle, question
 from eunoe.training.decoder.passkey_evaluation import PasskeyCase, answered, answers, passkey_case, scores
 from eunoe.training.decoder.training import TrainingConfig, train
+from eunoe.training.run_directory import BadRunDirectory
 
 SMALL = NanoConfig(
     num_layers=2, hidden_size=16, num_query_heads=2, num_kv_heads=1, head_dim=8, intermediate_size=24
 )  # fmt: skip
-TASK = PasskeyTask(length=512, first_gap=(64, 200), gap=(0, 60), questions_bytes=150)
+TASK = PasskeyTask(length=512, least_gap=64, gap=(0, 60), questions_bytes=150)
 
 
 def _model(seed: int = 0) -> NanoDecoder:
@@ -101,9 +102,33 @@ def test_a_resumed_run_equals_an_undisturbed_one(tmp_path: Path) -> None:
     assert [report["step"] for report in curve] == [1, 2, 3, 4, 5, 5, 6]
 
 
+def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
+    stage = Stage(task=replace(TASK, length=128), segment_length=32, bytes_per_step=128, max_steps=1)
+    config = TrainingConfig(model=SMALL, stages=(stage,))
+    train(config, tmp_path)
+    with pytest.raises(BadRunDirectory, match="another run"):
+        train(replace(config, seed=1), tmp_path)
+
+
+def test_activations_that_are_computed_again_change_no_weight(tmp_path: Path) -> None:
+    stage = Stage(task=replace(TASK, length=256), segment_length=32, bytes_per_step=512, max_steps=3, carried_bytes=256)
+    config = TrainingConfig(model=SMALL, stages=(stage,))
+    kept = train(config, tmp_path / "kept").state_dict()
+    again = train(replace(config, recomputes_layers=True), tmp_path / "again").state_dict()
+    assert all(torch.equal(kept[name], again[name]) for name in kept)
+
+
+def test_state_passing_reads_up_to_so_many_bytes_of_filler_before_the_samples() -> None:
+    stage = Stage(task=TASK, segment_length=32, bytes_per_step=512, max_steps=1, carried_bytes=128)
+    drawn = [stage.draw_carried(TASK, 3, np.random.default_rng(seed)) for seed in range(30)]
+    assert {len(samples) for samples in drawn} == {0, 3}
+    assert {len(sample.tokens) for samples in drawn for sample in samples} == {32, 64, 96, 128}
+    assert not any(sample.kinds.any() for samples in drawn for sample in samples)
+
+
 @pytest.mark.parametrize(("share", "is_diluted"), [(0.0, False), (1.0, True)])
 def test_only_a_share_of_samples_is_diluted(share: float, is_diluted: bool) -> None:
-    task = PasskeyTask(length=512, first_gap=(200, 300), gap=(0, 20), questions_bytes=60)
+    task = PasskeyTask(length=512, least_gap=200, gap=(0, 20), questions_bytes=60)
     stage = Stage(task=task, segment_length=32, bytes_per_step=512, max_steps=1, max_dilution=50.0, diluted_share=share)
     scale = stage.write_scale(torch.zeros(3, 512, dtype=torch.uint8), np.random.default_rng(0))
     assert isinstance(scale, torch.Tensor)
@@ -232,8 +257,8 @@ def test_a_margin_is_what_a_write_weight_adds() -> None:
 def test_scores_count_digits_and_whole_answers() -> None:
     cases = [PasskeyCase(b"", b" 12345.", depth) for depth in (0.0, 0.0, 1.0)]
     result = scores(cases, [b" 12345.", b" 12045.", b" 12345,"])
-    assert (result[0.0].digit_accuracy, result[0.0].exact_match, result[0.0].num_cases) == (0.9, 0.5, 2)
-    assert (result[1.0].digit_accuracy, result[1.0].exact_match) == (1.0, 0.0)
+    assert (result[0.0].digit_accuracy, result[0.0].num_exact) == (0.9, 1)
+    assert (result[1.0].digit_accuracy, result[1.0].num_exact) == (1.0, 0)
 
 
 def test_an_exported_checkpoint_has_the_names_that_the_decoder_loads(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import torch
 
 from eunoe.decoder.decoder import Decoder
 from eunoe.training.decoder.export import load
-from eunoe.training.decoder.recipe import QUICK, train_nano
+from eunoe.training.decoder.recipe import NANO, Recipe, train_nano
 from eunoe.training.decoder.training import TrainingConfig
 from eunoe.training.run_directory import BadRunDirectory
 
@@ -34,6 +34,7 @@ def longer(config: TrainingConfig) -> TrainingConfig:
     return replace(config, stages=tuple(replace(stage, max_steps=10) for stage in config.stages))
 
 
+QUICK = NANO.in_a_few_steps()
 RECIPE = replace(QUICK, deep=longer(QUICK.deep), recalling=longer(QUICK.recalling))
 LAST_STEPS = {"shallow": 8, "deep": 20, "reading": 8, "recalling": 20}
 STEPS = [(run, step) for run, last in LAST_STEPS.items() for step in range(2, last + 1, 2)]
@@ -46,12 +47,14 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, torch.Ten
     return train_nano(RECIPE, tmp_path_factory.mktemp("alone"), reports.append).state_dict(), reports
 
 
-def train_on_ray(directory: Path, num_workers: int = 1, on_report: Any = lambda _: None) -> Path:
+def train_on_ray(
+    directory: Path, num_workers: int = 1, on_report: Any = lambda _: None, recipe: Recipe = RECIPE
+) -> Path:
     """The quick recipe, on the Ray that the tests share."""
     # It imports Ray, which has its environment only now.
     from eunoe.training.decoder.ray_training import DecoderTraining, train_decoder
 
-    training = DecoderTraining(directory=directory, name="quick", recipe=RECIPE, num_workers=num_workers)
+    training = DecoderTraining(directory=directory, name="quick", recipe=recipe, num_workers=num_workers)
     return train_decoder(training, on_report)
 
 
@@ -122,6 +125,24 @@ def test_two_workers_take_the_steps_of_one(
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
         assert ours["far_accuracy"] == pytest.approx(theirs["far_accuracy"], rel=1e-4)
         assert ours["gradient_norm"] == pytest.approx(theirs["gradient_norm"], rel=1e-3)
+
+
+def test_what_the_listener_raises_is_raised_and_costs_no_report(tmp_path: Path) -> None:
+    twin = replace(QUICK, recalling=replace(QUICK.recalling, uses_memory=False))
+
+    def on_report(report: dict[str, Any]) -> None:
+        raise BrokenPipeError
+
+    with pytest.raises(BrokenPipeError):
+        train_on_ray(tmp_path, on_report=on_report, recipe=twin)
+    curve = [json.loads(line) for line in (tmp_path / "curve.jsonl").read_text().splitlines()]
+    assert [(each["run"], each["step"]) for each in curve] == [
+        (run, step) for run in twin.runs() for step in (2, 4, 6, 8)
+    ]
+
+    model = load(train_on_ray(tmp_path, recipe=twin))
+    # It never learned what to do with what its memory would say.
+    assert not any(gate for layer in model.memory_gates() for gate in layer)
 
 
 def test_a_directory_of_another_run_is_refused(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eunoe.training.decoder.passkey import PLAIN, PasskeyTask
+from eunoe.training.decoder.passkey import PLAIN, PasskeyTask, Sample, draw
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -20,6 +20,8 @@ class Stage:
         far_accuracy: The stage ends when answers beyond the window reach this, as a mean of 50 steps.
         max_dilution: Segments of filler alone are written up to this many times (log-uniform, a sample's own).
         diluted_share: Share of samples that are diluted at all.
+        carried_bytes: State passing: samples begin with the memory and window of up to so many bytes of filler, read
+            before without gradients. 0: they begin with none.
         final_rate: Factor that the learning rate falls to, along a cosine over `max_steps`.
     """
 
@@ -31,6 +33,7 @@ class Stage:
     far_accuracy: float = 0.98
     max_dilution: float = 1.0
     diluted_share: float = 1.0
+    carried_bytes: int = 0
     rate: float = 1.0
     final_rate: float = 1.0
     shortest: float = 1.0
@@ -44,9 +47,13 @@ class Stage:
         """The task of a step: its number of segments varies, so that no length is special."""
         low = math.ceil(self.shortest * self.task.length / self.segment_length)
         num_segments = int(generator.integers(low, self.task.length // self.segment_length + 1))
-        length = num_segments * self.segment_length
-        first_gap = (self.task.first_gap[0], max(self.task.first_gap[0], length))
-        return replace(self.task, length=length, first_gap=first_gap)
+        return replace(self.task, length=num_segments * self.segment_length)
+
+    def draw_carried(self, task: PasskeyTask, count: int, generator: np.random.Generator) -> list[Sample]:
+        """Filler that is read before `count` samples of a step; none where nothing is carried."""
+        num_segments = int(generator.integers(0, self.carried_bytes // self.segment_length + 1))
+        before = replace(task, length=num_segments * self.segment_length, plain_share=1.0)
+        return [draw(before, generator) for _ in range(count if num_segments else 0)]
 
     def write_scale(self, kinds: Tensor, generator: np.random.Generator) -> Tensor | float:
         """The dilution of a step's samples, `[B, S, 1, N, 1]`, of kinds `[B, S * N]`."""

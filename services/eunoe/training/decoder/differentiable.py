@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 UpdateRule = Literal["linear", "delta"]
 
@@ -25,7 +26,7 @@ class NanoConfig:
     """Shape of the model and of its memory.
 
     Raises:
-        ValueError: If the heads do not divide.
+        ValueError: If the heads do not divide, or if there is no such memory.
     """
 
     num_layers: int = 8
@@ -46,6 +47,8 @@ class NanoConfig:
             raise ValueError(f"{self.num_query_heads} query heads do not share {self.num_kv_heads} KV heads evenly")
         if self.update_rule not in ("linear", "delta"):
             raise ValueError(f"update rule {self.update_rule!r} is neither linear nor delta")
+        if self.uses_gamma and self.update_rule != "delta":
+            raise ValueError("gamma corrects the delta rule's count, not the linear one's")
 
 
 @dataclass(slots=True)
@@ -54,12 +57,18 @@ class LayerState:
 
     Attributes:
         keys, values: The newest segment, before RoPE, `[B, H, N, D]`.
+        write_weights: What of it will be written when it leaves the window, `[B, H, N, 1]`.
         memory: M and z side by side, `[B, H, D, D + 1]`.
     """
 
     keys: Tensor
     values: Tensor
+    write_weights: Tensor
     memory: Tensor
+
+    def picked(self, rows: Tensor) -> "LayerState":
+        """The states of some sequences, in the order of their indices `rows`."""
+        return LayerState(self.keys[rows], self.values[rows], self.write_weights[rows], self.memory[rows])
 
 
 class CompressiveAttention(nn.Module):
@@ -121,7 +130,7 @@ class CompressiveAttention(nn.Module):
         """The memory that each segment retrieves from, `[B, S, H, D, D + 1]`, and the state after all of them."""
         batch, num_segments, num_heads, _, head_dim = keys.shape
         written_keys, written_values, weights = keys, values, self.write_weights(keys)
-        weights = weights * plan.write_scale
+        weights = (weights * plan.write_scale).expand(batch, num_segments, num_heads, -1, 1)
         if past is None:
             carried = 0
             memory = keys.new_zeros(batch, num_heads, head_dim, head_dim + 1)
@@ -130,26 +139,26 @@ class CompressiveAttention(nn.Module):
             memory = past.memory
             written_keys = torch.cat([past.keys[:, None], keys], dim=1)
             written_values = torch.cat([past.values[:, None], values], dim=1)
-            weights = torch.cat([self.write_weights(past.keys)[:, None], weights], dim=1)
+            weights = torch.cat([past.write_weights[:, None], weights], dim=1)
         features = elu_features(written_keys)
         # The last segment stays in the window, and so is not yet in the memory.
         num_written = num_segments - 1 + carried
-        if self.config.update_rule == "linear" and not self.config.uses_gamma:
+        if self.config.update_rule == "linear":
             extended = torch.cat([written_values, torch.ones_like(written_values[..., :1])], dim=-1)
             updates = (features * weights)[:, :num_written].transpose(-1, -2) @ extended[:, :num_written]
             history = torch.cat([memory[:, None], memory[:, None] + updates.cumsum(dim=1)], dim=1)
         else:
             steps = [memory]
             for index in range(num_written):
-                memory = update(
-                    memory, features[:, index], written_values[:, index], weights[:, index], self.config.update_rule,
+                memory = update_delta(
+                    memory, features[:, index], written_values[:, index], weights[:, index],
                     uses_gamma=self.config.uses_gamma,
                 )  # fmt: skip
                 steps.append(memory)
             history = torch.stack(steps, dim=1)
         if not carried:
             history = torch.cat([history[:, :1], history], dim=1)
-        return history[:, :num_segments], LayerState(keys[:, -1], values[:, -1], history[:, -1])
+        return history[:, :num_segments], LayerState(keys[:, -1], values[:, -1], weights[:, -1], history[:, -1])
 
 
 class WriteGate(nn.Module):
@@ -170,10 +179,8 @@ def elu_features(x: Tensor) -> Tensor:
     return x.clamp(max=0).exp() + functional.relu(x)
 
 
-def update(
-    memory: Tensor, features: Tensor, values: Tensor, weights: Tensor, rule: UpdateRule, *, uses_gamma: bool
-) -> Tensor:
-    """Write one batch of tokens (eq. 8 and 9, weighted).
+def update_delta(memory: Tensor, features: Tensor, values: Tensor, weights: Tensor, *, uses_gamma: bool) -> Tensor:
+    """Write one batch of tokens by the delta rule (eq. 9, weighted).
 
     Args:
         memory: `[B, H, D, D + 1]`, M and z.
@@ -182,16 +189,14 @@ def update(
         uses_gamma: Do not count in z what is already stored there (arXiv 2407.04841), but no less than this batch:
             else batches that write more than the first did would make M grow without end.
     """
+    stored = features @ memory
+    stored_count = stored[..., -1:]
+    is_written = (stored_count > 0).to(values.dtype)
+    values = values - is_written * stored[..., :-1] / (stored_count + NORMALIZER_EPSILON)
     counts = torch.ones_like(weights)
-    if rule == "delta" or uses_gamma:
-        stored = features @ memory
-        stored_count = stored[..., -1:]
-        if rule == "delta":
-            is_written = (stored_count > 0).to(values.dtype)
-            values = values - is_written * stored[..., :-1] / (stored_count + NORMALIZER_EPSILON)
-        if uses_gamma:
-            norm = features.square().sum(-1, keepdim=True) + 1e-5
-            counts = (1.0 - stored_count / norm).clamp(0.0, 1.0).detach()
+    if uses_gamma:
+        norm = features.square().sum(-1, keepdim=True) + 1e-5
+        counts = (1.0 - stored_count / norm).clamp(0.0, 1.0).detach()
     written = features * weights
     memory = memory + written.transpose(-1, -2) @ torch.cat([values, counts], dim=-1)
     if uses_gamma:
@@ -251,7 +256,13 @@ class SegmentPlan:
     """What all layers share in one pass: the cut into segments, the angles, the mask and what may be written."""
 
     def __init__(
-        self, config: NanoConfig, segment_length: int, write_scale: Tensor | float = 1.0, *, uses_memory: bool = True
+        self,
+        config: NanoConfig,
+        segment_length: int,
+        write_scale: Tensor | float = 1.0,
+        *,
+        uses_memory: bool = True,
+        recomputes: bool = False,
     ) -> None:
         """Cut into segments of `segment_length` bytes.
 
@@ -260,7 +271,9 @@ class SegmentPlan:
             segment_length: Bytes of a segment.
             write_scale: Multiplies what a token adds to M and z; broadcast to `[B, S, H, N, 1]`. 0 for padding.
             uses_memory: False answers from the window alone.
+            recomputes: Layers keep only their inputs for the gradient, and compute the rest again.
         """
+        self.recomputes = recomputes
         self.segment_length = segment_length
         self.write_scale = write_scale
         self.uses_memory = uses_memory
@@ -355,7 +368,8 @@ class NanoDecoder(nn.Module):
         hidden = self.embed_tokens(tokens)
         states = []
         for index, layer in enumerate(self.layers):
-            hidden, state = layer(hidden, plan, None if past is None else past[index])
+            given = (hidden, plan, None if past is None else past[index])
+            hidden, state = checkpoint(layer, *given, use_reentrant=False) if plan.recomputes else layer(*given)
             states.append(state)
         return self.norm(hidden), states
 

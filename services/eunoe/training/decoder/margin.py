@@ -85,6 +85,13 @@ def recalling_head(model: NanoDecoder, segment_length: int) -> HeadMargin:
 
 
 @torch.no_grad()
+def shut_gates(model: NanoDecoder) -> None:
+    """Shut all memory gates for good: nothing that a head says is from the memory."""
+    for attention in model.attentions():
+        attention.memory_gate.fill_(-math.inf)
+
+
+@torch.no_grad()
 def shut_idle_gates(model: NanoDecoder, segment_length: int) -> None:
     """Shut the memory gates of all heads but the one that recalls."""
     kept = recalling_head(model, segment_length)

@@ -42,9 +42,9 @@ class PasskeyTask:
 
     Attributes:
         length: Bytes of a sample.
-        first_gap: Fewest and most bytes of filler between the needle and the first question.
+        least_gap: Fewest bytes of filler between the needle and the first question; at most all that there is room for.
         near_share: Share of samples whose first gap is drawn from `near_gap` instead, so that no needle is too near.
-        gap: The same between questions.
+        gap: Fewest and most bytes of filler between questions.
         questions_bytes: Most bytes left at the end for questions; what is left beyond them lies before the needle.
         fillers: What is drawn from, with its shares.
         two_keys_share: Share of samples with a second key of another name.
@@ -53,7 +53,7 @@ class PasskeyTask:
     """
 
     length: int
-    first_gap: tuple[int, int]
+    least_gap: int
     gap: tuple[int, int]
     questions_bytes: int
     fillers: tuple[tuple[FillerName, float], ...] = (("paper", 1.0),)
@@ -99,7 +99,7 @@ def draw(task: PasskeyTask, generator: np.random.Generator) -> Sample:
     least_room = len(question()) + NUM_DIGITS + 2
     room = int(generator.integers(least_room, max(task.questions_bytes, least_room) + 1))
     num_left = task.length - writer.length - len(keys) * (len(needle("")) + 2 * NUM_DIGITS) - room
-    low, high = task.near_gap if generator.random() < task.near_share else task.first_gap
+    low, high = task.near_gap if generator.random() < task.near_share else (task.least_gap, task.length)
     first_gap = min(int(generator.integers(low, high + 1)), max(0, num_left))
     fill(max(0, num_left - first_gap), max(0, num_left - first_gap))
     for index in order:

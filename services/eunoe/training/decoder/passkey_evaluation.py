@@ -31,13 +31,22 @@ class PasskeyCase:
     depth: float
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class PasskeyScore:
-    """Shares of one depth's answers: of digits that are right, of answers that are right in every byte."""
+    """How well one depth was answered.
 
-    digit_accuracy: float
-    exact_match: float
-    num_cases: int
+    Attributes:
+        digit_shares: Of each answer, the share of its digits that are right.
+        num_exact: Answers that are right in every byte.
+    """
+
+    digit_shares: list[float]
+    num_exact: int
+
+    @property
+    def digit_accuracy(self) -> float:
+        """The share of all digits that are right."""
+        return sum(self.digit_shares) / len(self.digit_shares)
 
 
 def passkey_case(
@@ -118,8 +127,7 @@ def _bytes(texts: list[bytes]) -> Tensor:
 
 
 def _picked(states: list[LayerState], rows: np.ndarray) -> list[LayerState]:
-    picked = torch.from_numpy(rows)
-    return [LayerState(state.keys[picked], state.values[picked], state.memory[picked]) for state in states]
+    return [state.picked(torch.from_numpy(rows)) for state in states]
 
 
 def _generate(model: NanoDecoder, plan: SegmentPlan, tail: Tensor, states: list[LayerState] | None) -> list[bytes]:
@@ -140,15 +148,10 @@ def _generate(model: NanoDecoder, plan: SegmentPlan, tail: Tensor, states: list[
 
 def scores(cases: list[PasskeyCase], given: list[bytes]) -> dict[float, PasskeyScore]:
     """How well each depth was answered."""
-    by_depth: dict[float, list[tuple[int, bool]]] = {}
-    for case, answer in zip(cases, given, strict=True):
-        digits = sum(a == b for a, b in zip(answer[1:-1], case.answer[1:-1], strict=True))
-        by_depth.setdefault(case.depth, []).append((digits, answer == case.answer))
-    return {
-        depth: PasskeyScore(
-            sum(digits for digits, _ in rows) / (NUM_DIGITS * len(rows)),
-            sum(is_exact for _, is_exact in rows) / len(rows),
-            len(rows),
-        )
-        for depth, rows in sorted(by_depth.items())
-    }
+    by_depth: dict[float, PasskeyScore] = {}
+    for case, answer in sorted(zip(cases, given, strict=True), key=lambda pair: pair[0].depth):
+        score = by_depth.setdefault(case.depth, PasskeyScore([], 0))
+        num_right = sum(a == b for a, b in zip(answer[1:-1], case.answer[1:-1], strict=True))
+        score.digit_shares.append(num_right / NUM_DIGITS)
+        score.num_exact += answer == case.answer
+    return by_depth

@@ -14,6 +14,7 @@ import signal
 import tempfile
 import threading
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ from ray.train.torch import TorchTrainer
 from eunoe.training.decoder.data_parallel import rank_and_count
 from eunoe.training.decoder.differentiable import NanoDecoder
 from eunoe.training.decoder.export import export
+from eunoe.training.decoder.margin import shut_gates
 from eunoe.training.decoder.recipe import Recipe, train_nano
 from eunoe.training.decoder.training import OnStep
 from eunoe.training.decoder.training_curve import draw_training_curve
@@ -58,7 +60,7 @@ def train_decoder(training: DecoderTraining, on_report: OnStep) -> Path:
     """Train on the Ray that is connected, and return the directory that the decoder loads.
 
     Args:
-        on_report: Called with each report, by another thread.
+        on_report: Called with each report, by another thread; what it raises is raised here, when the run is over.
 
     Raises:
         BadRunDirectory: If the directory holds another run, or is in use.
@@ -87,6 +89,8 @@ def train_decoder(training: DecoderTraining, on_report: OnStep) -> Path:
         assert result.checkpoint is not None, "every run ends with a checkpoint"
         with result.checkpoint.as_directory() as checkpoint:
             model = _last_model(training.recipe, Path(checkpoint))
+        if not training.recipe.recalling.uses_memory:
+            shut_gates(model)
         last_stage = training.recipe.recalling.stages[-1]
         export(model, run.path / training.name, last_stage.segment_length, training.recipe.longest())
         return run.path / training.name
@@ -137,25 +141,25 @@ class _Reports:
 def _listening(reports: Any, curve: "_Curve", on_report: OnStep) -> Iterator[None]:
     """Keep and tell what is reported, for as long as the block runs, which itself waits for Ray."""
     is_over = threading.Event()
+    told: list[Future[None]] = []
 
     def listen() -> None:
-        while True:
+        is_last = False
+        while not is_last:
             is_last = is_over.wait(_LOOK_INTERVAL_SECONDS)
-            taken = ray.get(reports.take.remote())
-            for report in taken:
-                on_report(report)
-            if taken:
+            if taken := ray.get(reports.take.remote()):
                 curve.add(taken)
-            if is_last:
-                return
+                told.extend(teller.submit(on_report, report) for report in taken)
 
-    thread = threading.Thread(target=listen, name="training reports")
-    thread.start()
-    try:
-        yield
-    finally:
-        is_over.set()
-        thread.join()
+    # Two threads: an error of whoever is told must not end the curve.
+    with ThreadPoolExecutor(1, "teller") as teller, ThreadPoolExecutor(1, "listener") as listener:
+        listening = listener.submit(listen)
+        try:
+            yield
+        finally:
+            is_over.set()
+    for each in (listening, *told):
+        each.result()
 
 
 @contextmanager

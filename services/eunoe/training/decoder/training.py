@@ -17,8 +17,8 @@ from eunoe.training.decoder.curriculum import Stage
 from eunoe.training.decoder.data_parallel import rank_and_count, sum_gradients, summed
 from eunoe.training.decoder.differentiable import NanoConfig, NanoDecoder, SegmentPlan
 from eunoe.training.decoder.margin import recalling_head
-from eunoe.training.decoder.passkey import ANSWER, COPY, PLAIN, draw
-from eunoe.training.run_directory import write_whole
+from eunoe.training.decoder.passkey import ANSWER, COPY, PLAIN, Sample, draw
+from eunoe.training.run_directory import BadRunDirectory, write_whole
 
 OnStep = Callable[[dict[str, Any]], None]
 OnCheckpoint = Callable[[], None]
@@ -31,6 +31,7 @@ class TrainingConfig:
     Attributes:
         gate_learning_rate: Of memory and write gates, which move too little at the others' rate.
         uses_memory: Whether the memory is read; without, the same model learns from its window alone.
+        recomputes_layers: For samples whose activations do not fit: 10 KB a step keep RECOMPUTED_MB instead of KEPT_MB.
         answer_weight, copy_weight, text_weight: What the mean losses of answers, second mentions and text count.
         steps_per_report, steps_per_checkpoint: How often a line is written, and the checkpoint.
     """
@@ -44,6 +45,7 @@ class TrainingConfig:
     num_warmup_steps: int = 100
     gradient_clip: float = 1.0
     uses_memory: bool = True
+    recomputes_layers: bool = False
     answer_weight: float = 1.0
     copy_weight: float = 0.3
     text_weight: float = 0.1
@@ -77,6 +79,9 @@ def train(
         on_step: Called with each report; what it raises ends the run, which can be resumed.
         start: Weights to begin from instead of random ones.
         on_checkpoint: Called by every worker whenever the first has written a checkpoint.
+
+    Raises:
+        BadRunDirectory: If the checkpoint is that of another run.
     """
     run_directory.mkdir(parents=True, exist_ok=True)
     model = NanoDecoder(config.model)
@@ -88,6 +93,8 @@ def train(
     path = run_directory / "checkpoint.pt"
     if path.exists():
         saved = torch.load(path, weights_only=True)
+        if saved["config"] != asdict(config):
+            raise BadRunDirectory(f"{path} is of another run: remove it, or choose another directory")
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         progress = _Progress(**saved["progress"])
@@ -126,10 +133,15 @@ def train(
             progress.stage, progress.stage_step, progress.accuracies = progress.stage + 1, 0, []
         if is_over or progress.step % config.steps_per_checkpoint == 0:
             if is_first:
-                _save(path, model, optimizer, progress)
+                _save(path, config, model, optimizer, progress)
             if on_checkpoint is not None:
                 on_checkpoint()
     return model
+
+
+def tokens_of(samples: list[Sample]) -> Tensor:
+    """Samples of one length as int64 `[B, L]`."""
+    return torch.from_numpy(np.stack([sample.tokens for sample in samples]).astype(np.int64))
 
 
 def _parameter_groups(model: NanoDecoder, config: TrainingConfig) -> list[dict[str, Any]]:
@@ -156,7 +168,9 @@ def _step(
     generator = np.random.default_rng((config.seed, progress.step))
     task = stage.draw_task(generator)
     samples = [draw(task, generator) for _ in range(max(1, stage.bytes_per_step // task.length))]
-    tokens = torch.from_numpy(np.stack([sample.tokens for sample in samples]).astype(np.int64))
+    # No number is drawn where nothing is carried, so that older recipes draw what they drew.
+    carried = stage.draw_carried(task, len(samples), generator) if stage.carried_bytes else []
+    tokens = tokens_of(samples)
     kinds = torch.from_numpy(np.stack([sample.kinds for sample in samples]))
     distances = torch.from_numpy(np.stack([sample.distances for sample in samples]))
     write_scale = stage.write_scale(kinds, generator)
@@ -166,8 +180,19 @@ def _step(
     tokens, kinds, distances = tokens[rank::num_workers], kinds[rank::num_workers], distances[rank::num_workers]
     if isinstance(write_scale, Tensor):
         write_scale = write_scale[rank::num_workers]
-    plan = SegmentPlan(config.model, stage.segment_length, write_scale, uses_memory=config.uses_memory)
-    hidden, _ = model(tokens, plan)
+    past = None
+    if carried:
+        with torch.no_grad():
+            plan = SegmentPlan(config.model, stage.segment_length, uses_memory=config.uses_memory)
+            _, past = model(tokens_of(carried)[rank::num_workers], plan)
+    plan = SegmentPlan(
+        config.model,
+        stage.segment_length,
+        write_scale,
+        uses_memory=config.uses_memory,
+        recomputes=config.recomputes_layers,
+    )
+    hidden, _ = model(tokens, plan, past)
     targets, kinds, distances = tokens[:, 1:], kinds[:, 1:], distances[:, 1:]
     logits = model.logits(hidden[:, :-1])
     losses = functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), targets.reshape(-1), reduction="none")
@@ -207,9 +232,15 @@ def _step(
     return {"num_bytes": num_bytes, **dict(zip(added, totals, strict=True)), "gradient_norm": norm.item()}
 
 
-def _save(path: Path, model: NanoDecoder, optimizer: torch.optim.Optimizer, progress: _Progress) -> None:
+def _save(
+    path: Path, config: TrainingConfig, model: NanoDecoder, optimizer: torch.optim.Optimizer, progress: _Progress
+) -> None:
     content = io.BytesIO()
-    torch.save(
-        {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "progress": asdict(progress)}, content
-    )
+    saved = {
+        "config": asdict(config),
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "progress": asdict(progress),
+    }
+    torch.save(saved, content)
     write_whole(path, content.getvalue())
