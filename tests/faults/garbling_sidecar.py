@@ -129,6 +129,9 @@ _SCORES: dict[str, _Garble] = _NONSENSE | {
 _CHOICES: dict[str, _Garble] = _NONSENSE | {
     "a policy of another digest": _with(policy="namm/1/0123456789abcdef"),
     "a shadow of another digest": _with(shadow_policy="namm/1/0123456789abcdef"),
+    "a shadow that nobody observes": _with(shadow_policy="snapkv/1"),
+    "a shadow without scores": _with(shadow_policy="sinks-recent/1"),
+    "a shadow beside no statistics": _with(policy="sinks-recent/1", shadow_policy="heavy-hitter/1"),
     "an endless name": _with(policy="x" * 1_000_000),
 }
 _ERRORS = ("an error", "an error with random details", "an error with other attributes")

@@ -26,6 +26,8 @@ _FEWEST_TOKENS = NUM_RECENT_TOKENS + 1_000
 _MOST_CHARACTERS = 8 * NUM_TOKENS
 # A machine that needs longer for all the tokens streams only what a shorter time allows.
 _PATIENCE_SECONDS, _SHORTENED_SECONDS = 30.0, 20.0
+# The only worker of a busy machine may be thought dead for a moment, until it renews.
+_LISTING_SECONDS, _LISTING_PAUSE_SECONDS = 15.0, 0.2
 
 _BOUNDED, _FULL = "bounded", "full-cache"
 NUM_PASSKEY_BYTES, NUM_PROBE_BYTES = 200_000, 20_000
@@ -115,9 +117,26 @@ def _client_of(model: str, say: Callable[[str], None]) -> "Iterator[tuple[Client
         Client(platform.address) as client,
     ):
         say(f"\nThe platform is up after {time.monotonic() - started_at:.1f} s: {platform.model}, one worker.")
-        # Asked now: the only worker of a busy machine may be thought dead for a moment later.
-        (served,) = client.list_models()
-        yield client, served
+        yield client, served_model(client)
+
+
+def served_model(client: "Client", patience_seconds: float = _LISTING_SECONDS) -> "Model":
+    """The platform's only model, once it is listed.
+
+    Raises:
+        StartFailed: If it is not within `patience_seconds`.
+    """
+    from eunoe.embedded.platform import StartFailed
+
+    give_up_at = time.monotonic() + patience_seconds
+    while not (models := client.list_models()):
+        if time.monotonic() > give_up_at:
+            raise StartFailed(
+                f"no model is listed after {patience_seconds:.0f} s: the worker is up, but gives no sign of life to the"
+                " state store; the machine may be too busy"
+            )
+        time.sleep(_LISTING_PAUSE_SECONDS)
+    return models[0]
 
 
 def passkey_document(num_bytes: int) -> tuple[str, str, str]:

@@ -64,8 +64,11 @@ class StateStoreClient:
     async def get_outcome(self, request: pb.GetOutcomeRequest) -> pb.GetOutcomeResponse:
         return await self._call(self._stub.GetOutcome, request)
 
-    async def renew_worker(self, request: pb.RenewWorkerRequest) -> pb.RenewWorkerResponse:
-        return await self._call(self._stub.RenewWorker, request)
+    async def renew_worker(
+        self, request: pb.RenewWorkerRequest, deadline_seconds: float | None = None
+    ) -> pb.RenewWorkerResponse:
+        """Renew within `deadline_seconds`. The client's own deadline is as long as a worker lives without renewing."""
+        return await self._repeat(lambda left: self._stub.RenewWorker(request, timeout=left), deadline_seconds)
 
     async def remove_worker(self, request: pb.RemoveWorkerRequest) -> pb.RemoveWorkerResponse:
         return await self._call(self._stub.RemoveWorker, request)

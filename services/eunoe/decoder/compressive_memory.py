@@ -33,6 +33,11 @@ class CompressiveMemory:
         self._write_weight_LHD1 = torch.stack([each.write_weight[..., None] for each in gates])
         self._write_bias_LH1 = torch.stack([each.write_bias[:, None] for each in gates])
 
+    @property
+    def gates_LHG(self) -> torch.Tensor:
+        """The share that each query head takes from what was written, 0 to 1, float32."""
+        return self._mixing_LHG1[..., 0]
+
     def mixed_in(
         self, state: MemoryState, layer: int, query_HGTD: torch.Tensor, attended_THGD: torch.Tensor
     ) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """A Llama-family decoder over bounded memory states: `prefill` for segments of one stream, `decode` for many streams.
 
-Shape suffixes: H KV head, G query head of a KV head's group, T token, S slot, D head dim, E model dim.
+Shape suffixes: L KV source layer, H KV head, G query head of a KV head's group, T token, S slot, D head dim,
+E model dim.
 """
 
 from collections.abc import Sequence
@@ -83,6 +84,11 @@ class Decoder:
         """A model of seeded random weights."""
         dtypes = dtypes or Dtypes.for_this_machine()
         return cls(config, random_weights(config, seed).to(dtypes.weights), dtypes)
+
+    @property
+    def memory_gates_LHG(self) -> torch.Tensor | None:
+        """The share that each query head takes from the compressive memory, 0 to 1, float32; None if there is none."""
+        return None if self._compressive_memory is None else self._compressive_memory.gates_LHG
 
     def new_state(self, settings: MemorySettings, policy: EvictionPolicy | None = None) -> MemoryState:
         """The memory state of a stream of which nothing is folded yet, with room for what the policy remembers."""

@@ -38,19 +38,20 @@ class ModelDirectory:
         return [self._served[name] for name in sorted(self._served)]
 
     async def find(self, name: str) -> api.Model:
-        """The model of that name; an empty name is the only one served.
+        """The model of that name; an empty name is the only one served, the only one known while none is.
 
         Raises:
             ModelNotFound: If no worker serves it, or none did since this gateway started.
-            InvalidRequest: If the name is empty and several are served.
+            InvalidRequest: If the name is empty and there are several.
         """
         served = await self.served()
         if not name:
-            if len(served) > 1:
-                raise InvalidRequest(f"several models are served, name one: {[model.name for model in served]}")
-            if not served:
+            models = served or [self._known[each] for each in sorted(self._known)]
+            if len(models) > 1:
+                raise InvalidRequest(f"there are several models, name one: {[model.name for model in models]}")
+            if not models:
                 raise ModelNotFound("no model is served")
-            return served[0]
+            return models[0]
         if name not in self._known:
             raise ModelNotFound(f"no worker serves model {name!r}; served: {[model.name for model in served]}")
         return self._known[name]

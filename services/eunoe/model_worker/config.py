@@ -43,7 +43,8 @@ class WorkerConfig:
     sidecar_deadline_seconds: float = 0.5
     """A sidecar that takes longer is decided without."""
     payload_dir: Path | None = None
-    """A directory in memory, the sidecar's too, for features beyond a message's size."""
+    """A directory in memory, the sidecar's too, for features beyond a message's size; `scoring` by the sidecar needs
+    one."""
     drain_seconds: float = 10.0
     """How long a drain waits for running calls."""
     ready_file: Path | None = None
@@ -58,6 +59,9 @@ class WorkerConfig:
             raise ValueError(f"scoring={self.scoring!r} is neither in_process nor sidecar")
         if self.scoring == "sidecar" and self.sidecar_address is None:
             raise ValueError("scoring is sidecar, and sidecar_address says none")
+        if self.scoring == "sidecar" and self.payload_dir is None:
+            # A model of any use has features of more than a message's 4 MiB: each eviction would be a fallback.
+            raise ValueError("scoring is sidecar, and payload_dir names no directory for features")
         durations = (self.checkpoint_seconds, self.renew_seconds, self.sweep_seconds, self.stall_seconds)
         if min(*durations, self.sidecar_deadline_seconds) <= 0:
             raise ValueError("durations must be positive")

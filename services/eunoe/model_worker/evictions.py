@@ -1,19 +1,71 @@
 """Who decides which slots of a stream stay: one policy, or what the eviction sidecar says, segment by segment."""
 
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 
 import numpy as np
 import torch
 
+from eunoe.decoder.decoder import Decoder
+from eunoe.decoder.memory_state import MemorySettings
 from eunoe.eviction import EvictionPolicy, ScoringPolicy, Statistics, Window
 from eunoe.eviction.catalogue import Choice
 from eunoe.eviction.fallback import Fallback, decided_by, policy_in_charge
 from eunoe.internal.v1 import eviction_sidecar_pb2 as pb
 from eunoe.internal.v1.state_store_pb2 import DecisionRun
 from eunoe.model_worker import metrics
+from eunoe.model_worker.engine import Engine
 from eunoe.model_worker.fold import run_of
+from eunoe.model_worker.memory import Admission
 from eunoe.model_worker.sidecar import NoScores, Sidecar
+from eunoe.runtime.errors import Overloaded
+
+logger = logging.getLogger(__name__)
+
+
+class StateRoom:
+    """The memory that is reserved for one stream's memory state, and what policies it suffices for.
+
+    Args:
+        engine, admission, decoder: Of the worker.
+        settings: Of the stream.
+    """
+
+    def __init__(self, engine: Engine, admission: Admission, decoder: Decoder, settings: MemorySettings) -> None:
+        self._engine = engine
+        self._admission = admission
+        self._decoder = decoder
+        self._settings = settings
+        self._reserved_bytes = 0
+        self._slot_bytes = -1
+
+    async def reserve(self, policy: EvictionPolicy) -> None:
+        """Have room for a policy and for all that remember no more of a slot.
+
+        Raises:
+            Overloaded: If there is none; what was reserved before stays.
+        """
+        if self.suffices(policy):
+            return
+        num_bytes = await self._engine.call(lambda: self._decoder.new_state(self._settings, policy).resident_bytes)
+        await self._admission.reserve(num_bytes - self._reserved_bytes)
+        self._reserved_bytes, self._slot_bytes = num_bytes, _slot_bytes(policy)
+
+    async def grow(self, policy: EvictionPolicy) -> None:
+        """Have room for a policy too if there is any left."""
+        with suppress(Overloaded):
+            await self.reserve(policy)
+
+    def suffices(self, policy: EvictionPolicy) -> bool:
+        """Whether there is room for a policy; on any thread."""
+        return _slot_bytes(policy) <= self._slot_bytes
+
+    def release(self) -> None:
+        """Give all of it back."""
+        self._admission.ledger.release(self._reserved_bytes)
+        self._reserved_bytes, self._slot_bytes = 0, -1
 
 
 class StreamEvictions:
@@ -24,6 +76,7 @@ class StreamEvictions:
         policy: In charge until the sidecar says another; for good if there is none.
         sidecar: Of the worker.
         recorded: What segments are folded with that were folded before: a policy by the segment's index, or None.
+        has_room: Whether a policy that the sidecar says fits in memory; until it does, the one before it stays.
     """
 
     def __init__(
@@ -32,11 +85,15 @@ class StreamEvictions:
         policy: EvictionPolicy,
         sidecar: Sidecar | None,
         recorded: Callable[[int], EvictionPolicy | None] = lambda segment: None,
+        has_room: Callable[[EvictionPolicy], bool] = lambda policy: True,
     ) -> None:
         self._stream = stream
         self._policy = policy
         self._sidecar = sidecar
         self._recorded = recorded
+        self._has_room = has_room
+        self._waiting = ""
+        self._is_on_fallback = False
 
     def choose(self, segment: int) -> EvictionPolicy:
         """The policy of the segment of that index; on the engine thread. Its name is what decided, after the pass."""
@@ -45,13 +102,37 @@ class StreamEvictions:
         if self._sidecar is None:
             return self._policy
         start = time.monotonic()
-        choice = self._sidecar.choose(self._stream, self._policy)
+        choice = self._admitted(self._sidecar.choose(self._stream, self._policy))
         self._policy = choice.policy
-        return SegmentPolicy(self._sidecar, choice, self._stream, segment, time.monotonic() - start)
+        spent_seconds = time.monotonic() - start
+        return SegmentPolicy(self._sidecar, choice, self._stream, segment, spent_seconds, self._note)
 
     def of_copy(self) -> EvictionPolicy:
         """The policy of a copy that is never committed, and of which nothing is recorded."""
         return self._policy if self._sidecar is None else CopyPolicy(self._sidecar, self._policy)
+
+    def _admitted(self, choice: Choice) -> Choice:
+        if self._has_room(choice.policy):
+            self._waiting = ""
+            return choice
+        metrics.UNANSWERED_CHOICES.labels("no-room").inc()
+        if self._waiting != choice.policy.name:
+            self._waiting = choice.policy.name
+            extra = {"stream": self._stream, "policy": choice.policy.name}
+            logger.warning("a policy waits for room for its statistics", extra=extra)
+        return Choice(self._policy)
+
+    def _note(self, decided: EvictionPolicy) -> None:
+        """Log when the policy ceases to decide, and when it does again: once each, however many segments it lasts."""
+        is_fallback = isinstance(decided, Fallback)
+        if is_fallback == self._is_on_fallback:
+            return
+        self._is_on_fallback = is_fallback
+        extra = {"stream": self._stream, "policy": decided.name}
+        if is_fallback:
+            logger.warning("a stream is decided without its policy", extra=extra)
+        else:
+            logger.info("a stream is decided by its policy again", extra=extra)
 
 
 class CopyPolicy:
@@ -94,10 +175,19 @@ class CopyPolicy:
 
 
 class SegmentPolicy(CopyPolicy):
-    """The policy of one segment of a stream: compared with its shadow, and recorded."""
+    """The policy of one segment of a stream: compared with its shadow, and recorded; `note` gets what decided."""
 
-    def __init__(self, sidecar: Sidecar, choice: Choice, stream: str, segment: int, spent_seconds: float) -> None:
+    def __init__(
+        self,
+        sidecar: Sidecar,
+        choice: Choice,
+        stream: str,
+        segment: int,
+        spent_seconds: float,
+        note: Callable[[EvictionPolicy], None],
+    ) -> None:
         super().__init__(sidecar, choice.policy, spent_seconds)
+        self._note = note
         self._shadow = choice.shadow
         self._stream = stream
         self._segment = segment
@@ -105,6 +195,7 @@ class SegmentPolicy(CopyPolicy):
     def keep(self, window: Window, budget: int) -> torch.Tensor:
         """See `EvictionPolicy.keep`."""
         kept_LHS = super().keep(window, budget)
+        self._note(self._decided)
         if self._shadow is not None and not isinstance(self._decided, Fallback):
             self._sidecar.compare(self.name, kept_LHS, self._shadow, window, budget)
         dropped_first, dropped_last = dropped_runs(window.positions_LHS, kept_LHS)
@@ -140,3 +231,7 @@ def dropped_runs(positions_LHS: torch.Tensor, kept_LHS: torch.Tensor) -> tuple[n
     dropped = np.setdiff1d(positions_LHS[~is_kept_LHS].numpy(), positions_LHS[is_kept_LHS].numpy())
     # No position is the next of -2, or the one before it.
     return dropped[np.diff(dropped, prepend=-2) != 1], dropped[np.diff(dropped, append=-2) != 1]
+
+
+def _slot_bytes(policy: EvictionPolicy) -> int:
+    return policy.statistics.num_bytes if policy.statistics is not None else 0

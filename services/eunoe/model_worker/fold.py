@@ -50,12 +50,14 @@ class EphemeralCopy:
         tail: Tokens of the log after it, int64; fewer than a segment and an open pre-token.
         offset: Bytes of the log that state and tail stand for.
         state_bytes: Bytes of the memory state it was copied from.
+        record: The stream as it was when `state` was its newest checkpoint; None where that was not asked for.
     """
 
     state: MemoryState
     tail: np.ndarray
     offset: int
     state_bytes: int
+    record: pb.StreamRecord | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -2,11 +2,12 @@
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable
 
 from eunoe.clients.state_store import StateStoreClient
 from eunoe.internal.v1 import state_store_pb2 as pb
-from eunoe.runtime.errors import Conflict, DeadlineTooShort, NotFound, NotOwner, Unavailable
+from eunoe.runtime.errors import Conflict, DeadlineTooShort, EunoeError, NotFound, NotOwner, Unavailable
 from eunoe.runtime.failpoints import failpoint
 
 logger = logging.getLogger(__name__)
@@ -62,14 +63,22 @@ class Ownership:
             logger.warning("a lease could not be given back", extra={"stream": name})
 
     async def renew_forever(self, interval_seconds: float, is_able: Callable[[], bool]) -> None:
-        """Say that this worker lives, as long as it is able to work; others may take its streams otherwise."""
+        """Say that this worker lives, as long as it is able to work; others may take its streams otherwise.
+
+        Args:
+            interval_seconds: From the start of a renewal to that of the next, and the longest that one may take: one
+                that hangs is given up for the next, before the sign of life that it was to prolong ends.
+            is_able: Asked before each renewal.
+        """
         while True:
+            start = time.monotonic()
             if is_able():
                 try:
-                    await self._store.renew_worker(pb.RenewWorkerRequest(worker=self.worker))
-                except (Unavailable, DeadlineTooShort) as error:
-                    logger.warning("the state store was not reached to renew", extra={"error": str(error)})
-            await asyncio.sleep(interval_seconds)
+                    await self._store.renew_worker(pb.RenewWorkerRequest(worker=self.worker), interval_seconds)
+                except EunoeError as error:
+                    # Whatever the store answers, its next answer may be another: this worker still lives.
+                    logger.warning("this worker's life was not renewed", extra={"error": str(error)})
+            await asyncio.sleep(start + interval_seconds - time.monotonic())
 
     async def leave(self) -> None:
         """Take this worker out of the directory."""

@@ -15,7 +15,7 @@ import torch
 
 from eunoe.clients.eviction_sidecar import EvictionSidecarClient
 from eunoe.eviction import EvictionPolicy, ScoringPolicy
-from eunoe.eviction.catalogue import Choice
+from eunoe.eviction.catalogue import Choice, is_observed
 from eunoe.eviction.policy import Window, score, scoring_numerics
 from eunoe.eviction.policy_files import PolicyFiles
 from eunoe.eviction.tensor_payload import from_message, scores_digest, to_message
@@ -69,17 +69,20 @@ class Sidecar:
         self._scores_in_process = scores_in_process
         self._features = features
         self._shadow_features = shadow_features
+        self._shadow_problems: set[str] = set()
 
     def choose(self, stream: str, present: EvictionPolicy) -> Choice:
-        """What decides for a stream from now on: what the sidecar says, the present policy if it says nothing."""
+        """What decides for a stream from now on: what the sidecar says, the present policy if it says nothing.
+
+        A shadow that cannot be scored beside the policy is left out.
+        """
         try:
             response = self._called(self._client.choose_policy, stream)
-            shadow = self._found(response.shadow_policy) if response.shadow_policy else None
             policy = self._found(response.policy)
         except NoScores as error:
             metrics.UNANSWERED_CHOICES.labels(error.reason).inc()
             return Choice(present)
-        return Choice(policy, shadow if isinstance(shadow, ScoringPolicy) else None)
+        return Choice(policy, self._shadow(response.shadow_policy, policy))
 
     def scores(self, policy: ScoringPolicy, window: Window, spent_seconds: float = 0.0) -> torch.Tensor:
         """The policy's scores of the window, float32 [L, H, S].
@@ -170,10 +173,34 @@ class Sidecar:
             raise NoScores(_REASONS.get(type(error), "refused")) from error
 
     def _found(self, name: str) -> EvictionPolicy:
-        policy = self._files.by_name.get(name)
-        if policy is None and self._files.refresh():
-            policy = self._files.by_name.get(name)
+        policy = self._known(name)
         if policy is None:
             logger.error("the sidecar chose a policy that is not here", extra={"policy": name})
             raise NoScores("unknown-policy")
+        return policy
+
+    def _shadow(self, name: str, policy: EvictionPolicy) -> ScoringPolicy | None:
+        """The shadow of that name; None if there is none that could be scored under the policy."""
+        if not name:
+            return None
+        shadow = self._known(name)
+        if shadow is None:
+            problem = "it is not here"
+        elif not isinstance(shadow, ScoringPolicy):
+            problem = "it has no scores"
+        elif not is_observed(shadow, policy):
+            problem = "nobody observes what it scores"
+        else:
+            return shadow
+        if problem not in self._shadow_problems:
+            # It comes with the answer for each segment.
+            self._shadow_problems.add(problem)
+            extra = {"shadow": name, "policy": policy.name, "problem": problem}
+            logger.warning("the sidecar chose a shadow that is left out", extra=extra)
+        return None
+
+    def _known(self, name: str) -> EvictionPolicy | None:
+        policy = self._files.by_name.get(name)
+        if policy is None and self._files.refresh():
+            policy = self._files.by_name.get(name)
         return policy

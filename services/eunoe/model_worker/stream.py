@@ -5,7 +5,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -23,7 +23,7 @@ from eunoe.model_worker import metrics
 from eunoe.model_worker.checkpoints import Checkpoints
 from eunoe.model_worker.config import WorkerConfig
 from eunoe.model_worker.engine import Engine
-from eunoe.model_worker.evictions import StreamEvictions, recorded_policy
+from eunoe.model_worker.evictions import StateRoom, StreamEvictions, recorded_policy
 from eunoe.model_worker.fold import EphemeralCopy, StreamFold
 from eunoe.model_worker.memory import Admission
 from eunoe.model_worker.sidecar import Sidecar
@@ -89,7 +89,7 @@ class OwnedStream:
         self._on_gone = on_gone
         self._fold: StreamFold | None = None
         self._evictions = StreamEvictions(self.name, parts.policy, parts.sidecar)
-        self._reserved_bytes = 0
+        self._room = StateRoom(parts.engine, parts.admission, parts.decoder, self.settings)
         self._num_users = 0
         self._failure: BaseException | None = None
         self._load_lock = asyncio.Lock()
@@ -165,17 +165,14 @@ class OwnedStream:
                 return self._fold
             parts = self._parts
             with self.in_use():
-                largest = parts.policy if parts.sidecar is None else parts.policies.largest
-                size = await parts.engine.call(lambda: parts.decoder.new_state(self.settings, largest).resident_bytes)
-                await parts.admission.reserve(size)
-                self._reserved_bytes = size
+                await self._room.reserve(self._largest_policy)
                 try:
-                    state = await self._load_state()
+                    self._record, state = await self._load_state()
                     fold = await parts.engine.call(lambda: self._new_fold(state))
                     if self._failure is not None:
                         raise self._failure
                 except BaseException:
-                    self._release_memory()
+                    self._room.release()
                     raise
             fold.on_progress = lambda: _notify(self._loop, self._on_progress)
             self._fold = fold
@@ -240,16 +237,21 @@ class OwnedStream:
             yield True
 
     async def committed_copy(self) -> EphemeralCopy:
-        """A copy of the memory state of the newest committed checkpoint; the caller has reserved its bytes."""
+        """A copy of the memory state of the newest committed checkpoint; the caller has reserved its bytes.
+
+        It has its `record`: by the time that the copy is there, a newer checkpoint may have been committed.
+        """
         fold = await self.load()
 
         def copied() -> EphemeralCopy | None:
-            return fold.boundary_copy() if fold.num_uncommitted_tokens == 0 else None
+            # The record last: a commit sets it before it counts tokens as committed.
+            return replace(fold.boundary_copy(), record=self._record) if fold.num_uncommitted_tokens == 0 else None
 
         copy = await self._parts.engine.call(copied)
         if copy is None:
-            state = await self._load_state()
-            copy = EphemeralCopy(state, np.empty(0, dtype=np.int64), self.applied_offset, state.state_bytes)
+            record, state = await self._load_state()
+            no_tail = np.empty(0, dtype=np.int64)
+            copy = EphemeralCopy(state, no_tail, record.manifest.applied_offset, state.state_bytes, record)
         return copy
 
     async def commit(self, num_tokens: int | None = None) -> None:
@@ -308,7 +310,7 @@ class OwnedStream:
             if not future.done():
                 future.set_exception(error)
         self._fold = None
-        self._release_memory()
+        self._room.release()
         self._on_gone(self, error)
 
     def _lost(self, reason: object) -> NotOwner:
@@ -317,16 +319,20 @@ class OwnedStream:
         self.fail(error)
         return error
 
-    async def _load_state(self) -> MemoryState:
-        """The memory state of the newest checkpoint that can be read.
+    @property
+    def _largest_policy(self) -> EvictionPolicy:
+        return self._parts.policy if self._parts.sidecar is None else self._parts.policies.largest
+
+    async def _load_state(self) -> tuple[pb.StreamRecord, MemoryState]:
+        """The memory state of the newest checkpoint that can be read, and the stream when that was its newest.
 
         A damaged one is passed over: from the one before it the log is folded again, to the same state.
         """
-        parts = self._parts
-        while self._record.HasField("manifest"):
-            manifest = self._record.manifest
+        parts, record = self._parts, self._record
+        while record.HasField("manifest"):
+            manifest = record.manifest
             try:
-                return await parts.checkpoints.load(self.name, manifest, self.settings)
+                return record, await parts.checkpoints.load(self.name, manifest, self.settings)
             except (CorruptState, MissingChunk) as error:
                 record = (await parts.store.get_stream(pb.GetStreamRequest(name=self.name))).record
                 if not self.is_of(record):
@@ -334,12 +340,11 @@ class OwnedStream:
                     raise self._lost("another worker took it") from error
                 if record.manifest == manifest:
                     raise
-                self._record = record
                 if isinstance(error, CorruptState):
                     metrics.QUARANTINES.inc()
-        if self._record.stream.log_start_offset:
+        if record.stream.log_start_offset:
             raise CorruptState(f"{self.name} has no sound checkpoint, and its log does not go back to the beginning")
-        return await parts.engine.call(lambda: parts.decoder.new_state(self.settings, parts.policy))
+        return record, await parts.engine.call(lambda: parts.decoder.new_state(self.settings, parts.policy))
 
     def _new_fold(self, state: MemoryState) -> StreamFold:
         parts, record, manifest = self._parts, self._record, self._record.manifest
@@ -352,6 +357,7 @@ class OwnedStream:
             policy,
             parts.sidecar,
             lambda segment: recorded_policy(segment, record.recorded_decisions, num_recorded, parts.policies.by_name),
+            self._room.suffices,
         )
         fold = StreamFold(
             parts.decoder,
@@ -392,6 +398,8 @@ class OwnedStream:
             self._wake.clear()
             has_read = await self._read_log(fold)
             if fold.has_work:
+                # There may be a larger one since the load.
+                await self._room.grow(self._largest_policy)
                 folding = self._parts.engine.submit(fold.fold())
                 try:
                     await self._read_log(fold)
@@ -465,10 +473,6 @@ class OwnedStream:
         if self._pump_task is not None:
             self._pump_task.cancel()
             await asyncio.wait([self._pump_task])
-
-    def _release_memory(self) -> None:
-        self._parts.admission.ledger.release(self._reserved_bytes)
-        self._reserved_bytes = 0
 
 
 def memory_settings(settings: api.StreamSettings) -> MemorySettings:

@@ -24,6 +24,7 @@ class Sweeper:
     async def sweep(self) -> None:
         """Go over everything once; what fails is logged and left to the next sweep."""
         await self._workers.shorten_lives()
+        await self._workers.forget_dead()
         for tenant in await all_members(self._storage, keys.TENANTS):
             for stream_id in await all_members(self._storage, keys.stream_ids(tenant)):
                 await self._attempt(tenant, f"tenants/{tenant}/streams/{stream_id}", "")

@@ -26,6 +26,7 @@ class WorkerDirectory:
     def __init__(self, storage: Storage, worker_seconds: float) -> None:
         self._storage = storage
         self._ttl_ms = int(worker_seconds * 1000)
+        self._found_dead: set[str] = set()
 
     async def renew(self, worker: pb.Worker) -> None:
         if not worker.worker or not worker.address:
@@ -52,13 +53,23 @@ class WorkerDirectory:
         if worker_ids:
             await self._storage.apply([Shorten(keys.worker(worker_id), self._ttl_ms) for worker_id in worker_ids])
 
+    async def forget_dead(self) -> None:
+        """Take those out of the directory that were dead at the last call too.
+
+        One that is only late may renew between the look and the removal: it would live, and nobody would find it.
+        """
+        worker_ids = await all_members(self._storage, keys.WORKERS)
+        values = await self._storage.get([keys.worker(worker_id) for worker_id in worker_ids]) if worker_ids else []
+        dead = {worker_id for worker_id, value in zip(worker_ids, values, strict=True) if value is None}
+        forgotten = dead & self._found_dead
+        if forgotten:
+            await self._storage.apply([IndexRemove(keys.WORKERS, worker_id) for worker_id in sorted(forgotten)])
+        self._found_dead = dead - forgotten
+
     async def living(self, model: str) -> list[pb.Worker]:
-        """Living workers of a model ("" for all), sorted by incarnation; forgets dead ones."""
+        """Living workers of a model ("" for all), sorted by incarnation."""
         ids = await self._storage.members_after(keys.WORKERS, "", _MAX_WORKERS)
         values = await self._storage.get([keys.worker(worker_id) for worker_id in ids]) if ids else []
-        dead = [worker_id for worker_id, value in zip(ids, values, strict=True) if value is None]
-        if dead:
-            await self._storage.apply([IndexRemove(keys.WORKERS, worker_id) for worker_id in dead])
         workers = [pb.Worker.FromString(value) for value in values if value is not None]
         return [worker for worker in workers if not model or worker.model.name == model]
 

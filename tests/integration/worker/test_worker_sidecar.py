@@ -1,6 +1,7 @@
 """Evictions that the sidecar scores, chooses and records, and what happens when it does not."""
 
 import asyncio
+import dataclasses
 import json
 import os
 import signal
@@ -20,10 +21,12 @@ from eunoe.api.v1 import long_context_pb2 as api
 from eunoe.eviction import POLICIES, Namm, tensor_payload
 from eunoe.eviction.backward_attention import NUM_PARAMETERS, BackwardAttention
 from eunoe.eviction.namm import Normalization
+from eunoe.eviction.spectrogram import AttentionSpectrogram
 from eunoe.eviction_sidecar import scoring
 from eunoe.eviction_sidecar.config import EvictionSidecarConfig
 from eunoe.eviction_sidecar.servicer import EvictionSidecarServicer
 from eunoe.eviction_sidecar.sidecar import running_sidecar
+from eunoe.internal.v1 import eviction_sidecar_pb2 as pb
 from eunoe.model_worker.worker import ModelWorker
 from eunoe.runtime.errors import PolicyNotFound
 
@@ -148,8 +151,12 @@ def policies_of(record: Any) -> list[str]:
     return [run.policy for run in record.manifest.decisions]
 
 
+def counted(name: str, **labels: str) -> float:
+    return REGISTRY.get_sample_value(f"eunoe_worker_{name}_total", labels) or 0.0
+
+
 def num_fallbacks(reason: str) -> float:
-    return REGISTRY.get_sample_value("eunoe_worker_eviction_fallbacks_total", {"reason": reason}) or 0.0
+    return counted("eviction_fallbacks", reason=reason)
 
 
 @pytest.mark.parametrize("policy", ["random", *(name for name in POLICIES)])
@@ -371,6 +378,70 @@ async def test_a_shadow_is_counted_and_changes_nothing(platform: Any, sidecar: I
 
     # Sinks and the newest slots are common to all.
     assert 0.2 < counted("agreed") / counted("compared") < 1.0
+
+
+async def test_a_stream_goes_on_beside_a_shadow_that_nobody_observes(
+    platform: Any, installation: Installation, make_text: Text, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def answered(*arguments: Any) -> pb.ChoosePolicyResponse:
+        return pb.ChoosePolicyResponse(policy="sinks-recent/1", shadow_policy="heavy-hitter/1")
+
+    monkeypatch.setattr(EvictionSidecarServicer, "ChoosePolicy", answered)
+    worker = await platform.worker(**installation.worker_settings, sidecar_deadline_seconds=10.0)
+
+    async with running_sidecar(installation.config) as server:
+        await server.start()
+        record = await fold(platform, worker, await platform.stream(), make_text(2000))
+        await server.drain(0)
+
+    assert policies_of(record) == ["sinks-recent/1"]
+    assert record.stream.tokens > 10 * 48
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no device that is always full")
+async def test_evictions_that_a_full_disk_has_no_room_for_are_counted_and_harm_no_stream(
+    platform: Any, installation: Installation, make_text: Text
+) -> None:
+    worker = await platform.worker(**installation.worker_settings, sidecar_deadline_seconds=10.0)
+    before = counted("unrecorded_evictions")
+
+    async def are_counted() -> bool:
+        return counted("unrecorded_evictions") - before == record.stream.tokens // 16 - 3
+
+    async with running_sidecar(dataclasses.replace(installation.config, audit_file=Path("/dev/full"))) as server:
+        await server.start()
+        record = await fold(platform, worker, await platform.stream(), make_text(2000))
+        await platform.until(are_counted)
+        await server.drain(0)
+
+    assert policies_of(record) == [a_namm(0).name]
+
+
+async def test_a_reload_of_larger_statistics_is_taken_where_they_fit_and_waits_where_they_do_not(
+    platform: Any, sidecar: Installation, make_text: Text
+) -> None:
+    data, settings = make_text(600), sidecar.worker_settings | {"sidecar_deadline_seconds": 10.0}
+    large = await platform.worker(**settings)
+    first, second = await platform.stream(), await platform.stream()
+    await fold(platform, large, first, data)
+    before = large.ledger.reserved_bytes
+    small = await platform.worker(**settings, memory_limit_bytes=before)
+    await fold(platform, small, second, data)
+    wide = dataclasses.replace(a_namm(1), statistics=AttentionSpectrogram(is_packed=False))
+
+    sidecar.add("wide", wide)
+    sidecar.write_rules('default = "wide"')
+    while policies_of(await fold(platform, large, first, data))[-1] != wide.name:
+        pass
+    num_waiting = counted("unanswered_choices", reason="no-room")
+    record = await fold(platform, small, second, data)
+
+    assert large.ledger.reserved_bytes == (await large.streams[first].load()).resident_bytes > before
+    assert small.ledger.reserved_bytes == before >= (await small.streams[second].load()).resident_bytes
+    assert policies_of(record) == [a_namm(0).name]
+    assert counted("unanswered_choices", reason="no-room") > num_waiting
+    await platform.kill(large)
+    assert large.ledger.reserved_bytes == 0
 
 
 async def test_the_audit_log_says_what_no_head_keeps_any_more(

@@ -62,6 +62,31 @@ async def test_a_model_stays_known_while_its_workers_are_away(store: Any, clock:
     assert await directory.served() == []
 
 
+async def test_an_empty_name_is_the_only_known_model_while_its_workers_are_away(
+    store: Any, clock: Any, model: api.Model
+) -> None:
+    directory = ModelDirectory(store, clock)
+    store.workers = [a_worker(model)]
+    await directory.served()
+    store.workers = []
+    clock.now += 60
+
+    assert (await directory.find("")).name == "tiny"
+
+
+async def test_an_empty_name_among_several_known_models_is_invalid_while_all_are_away(
+    store: Any, clock: Any, model: api.Model
+) -> None:
+    directory = ModelDirectory(store, clock)
+    store.workers = [a_worker(model), a_worker(api.Model(name="big", max_positions=8192))]
+    await directory.served()
+    store.workers = []
+    clock.now += 60
+
+    with pytest.raises(InvalidRequest):
+        await directory.find("")
+
+
 async def test_the_directory_is_read_once_a_second(store: Any, clock: Any) -> None:
     directory = ModelDirectory(store, clock)
     await directory.served()
