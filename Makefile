@@ -78,7 +78,7 @@ bench: $(READY) ## All benchmarks; the last line of each is one JSON object
 	$(BIN)/python benchmarks/passkey.py --json --quick
 	$(BIN)/python benchmarks/language_model.py --json --quick
 	$(BIN)/python benchmarks/memory_variants.py --json --quick
-	$(BIN)/python benchmarks/eviction_cost.py --json
+	$(BIN)/python benchmarks/eviction_cost.py --json --platform 8192
 	$(BIN)/python benchmarks/eviction_quality.py --json --quick
 	$(BIN)/python benchmarks/memory_freed.py --json --quick
 	$(BIN)/python benchmarks/eviction_transfer.py --json --quick

@@ -4,11 +4,11 @@ A decode step must read every weight once and every live key and value of each s
 bandwidth, measured in the same run with the same threads, are the least time it can take.
 """
 
-import gzip
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from _book import the_book
 from _peer import Peer
 from _report import Report, arguments, interleaved
 
@@ -21,7 +21,6 @@ from eunoe.eviction import DEFAULT_POLICY
 
 NUM_SLOTS = 1024
 BANDWIDTH_BYTES = 512 << 20
-BOOK = Path(__file__).parents[1] / "examples" / "kjv.txt.gz"
 
 
 @dataclass(slots=True)
@@ -67,7 +66,7 @@ def main() -> None:
     _, directory = resolve_model(DEFAULT_MODEL, on_step=report.say)
     num_repeats, num_steps = (3, 8) if options.quick else (9, 16)
 
-    text = gzip.decompress(BOOK.read_bytes())[: 8 * NUM_SLOTS].decode()
+    text = the_book()[: 8 * NUM_SLOTS]
     token_ids = load_tokenizer(directory).encode(text)
     bindings = {"bfloat16": Dtypes.for_this_machine(), "float32": Dtypes.float32()}
     ours = {

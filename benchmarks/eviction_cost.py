@@ -2,22 +2,35 @@
 
 A pass over 512 tokens ends in an eviction from 1,536 slots to 1,024. Policies take turns; `sinks_recent` only moves
 slots, so what another takes longer is the price of its choice: watching attention in every layer, and one scoring.
+`throughput_cost` is what the shipped policy adds, in process. `--platform` also appends the book's beginning to streams
+of SmolLM2 on platforms with each, sidecar included: `throughput_cost_platform`.
 
 spectrogram_memory_ratio: bytes of the pass's attention, of all layers and query heads in float32, over the most memory
 that watching it takes: the peak of what is allocated, layer by layer, and the statistics that it leaves of each slot.
 """
 
+import argparse
+import signal
+import sys
+import tempfile
+import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
+from _book import its_beginning
 from _peak_memory import peak_allocated_bytes
 from _report import Report, arguments, interleaved
 
+from eunoe.client import Client
 from eunoe.decoder.config import DecoderConfig
 from eunoe.decoder.decoder import Decoder
 from eunoe.decoder.memory_state import MemorySettings, MemoryState
+from eunoe.decoder.tokenizer import load_tokenizer
+from eunoe.embedded.models import DEFAULT_MODEL, resolve_model
+from eunoe.embedded.platform import Platform
 from eunoe.eviction import EvictionPolicy, HeavyHitter, KeyNorm, Namm, SinksRecent, SnapKV
 from eunoe.eviction.backward_attention import NUM_PARAMETERS, Attention, BackwardAttention
 from eunoe.eviction.namm import Normalization
@@ -25,12 +38,19 @@ from eunoe.eviction.policy import score
 from eunoe.eviction.policy_files import SHIPPED
 from eunoe.eviction.spectrogram import AttentionSpectrogram
 
+# Of two segments, about.
+_WARM_UP_CHARACTERS = 4096
 SETTINGS = MemorySettings(kv_budget_tokens=1024, segment_length=512)
 
 
 def main() -> None:
     """Print seconds a segment, and of the scoring alone, for each policy."""
-    options = arguments(__doc__ or "").parse_args()
+    parser = arguments(__doc__ or "")
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--platform", type=int, metavar="TOKENS", default=0, help="also through a platform")
+    options = parser.parse_args()
+    # A benchmark that is told to end must still stop the platform that it started.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))
     report = Report("eviction_cost", as_json=options.json)
     torch.set_num_threads(options.threads)
     # The vocabulary is small because no logits are computed.
@@ -71,6 +91,8 @@ def main() -> None:
         num_bytes = policy.statistics.num_bytes if policy.statistics is not None else 0
         report.add(f"statistics_bytes_{name}", num_bytes, "a slot")
     report_spectrogram_memory(report, decoder, policies["namm"])
+    if options.platform:
+        report_platform_cost(report, options.platform, options.threads)
     report.finish()
 
 
@@ -96,6 +118,34 @@ def report_spectrogram_memory(report: Report, decoder: Decoder, policy: Eviction
         stored = num_layers * attention_bytes
         text = f"{stored / 1e6:.1f} MB are {peak / 1e6:.1f} MB at the peak and {left / 1e6:.1f} MB of statistics"
         report.add(f"spectrogram_memory_ratio{suffix}", stored / (peak + left), text)
+
+
+def report_platform_cost(report: Report, num_tokens: int, num_threads: int) -> None:
+    """throughput_cost_platform, of the best of two runs each: the same text under either policy, in turns."""
+    _, directory = resolve_model(DEFAULT_MODEL, on_step=report.say)
+    text = its_beginning(load_tokenizer(directory), num_tokens)
+    seconds: dict[str, list[float]] = {"sinks-recent": [], "smollm2-namm": []}
+    for _ in range(2):
+        for policy, found in seconds.items():
+            with (
+                tempfile.TemporaryDirectory(prefix="eunoe-bench-") as home,
+                Platform(
+                    home=Path(home), model=directory, threads=num_threads, policy=policy, on_step=report.progress
+                ) as platform,
+                Client(platform.address) as client,
+            ):
+                # The first segments of a worker wait for what it makes once.
+                client.create_stream("warm-up")
+                client.append("warm-up", text[:_WARM_UP_CHARACTERS])
+                client.create_stream("book")
+                start = time.perf_counter()
+                client.append("book", text)
+                found.append(time.perf_counter() - start)
+    shown = ", ".join(
+        f"{policy} {' and '.join(f'{each:.0f}' for each in found)} s" for policy, found in seconds.items()
+    )
+    cost = min(seconds["smollm2-namm"]) / min(seconds["sinks-recent"]) - 1
+    report.add("throughput_cost_platform", cost, f"{num_tokens:,} tokens: {shown}")
 
 
 def a_namm(num_observed_queries: int | None = None, attention: Attention = "dense") -> Namm:

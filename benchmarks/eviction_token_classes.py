@@ -7,16 +7,15 @@ says where in the text a class lies. The code is of the standard library of the 
 """
 
 import argparse
-import gzip
 import inspect
 import json.decoder
 import textwrap
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
+from _book import the_book
 from _report import Report, arguments, existing_file
 from _token_classes import CODE_CLASSES, PROSE_CLASSES, code_classes, prose_classes, token_classes
 
@@ -25,8 +24,8 @@ from eunoe.decoder.memory_state import MemorySettings
 from eunoe.decoder.tokenizer import load_tokenizer
 from eunoe.embedded.models import DEFAULT_MODEL, resolve_model
 from eunoe.eviction import POLICIES, EvictionPolicy, Namm
+from eunoe.eviction.policy_files import SHIPPED
 
-BOOK = Path(__file__).parents[1] / "examples" / "kjv.txt.gz"
 SEGMENT_LENGTH = 512
 # Heavy hitters give their newest tokens half of the budget, the other policies less.
 SHARE_OF_SLOTS, SHARE_OF_NEWEST = 0.25, 0.5
@@ -38,7 +37,7 @@ def main() -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--tokens", type=int, help="of each text, a multiple of 2,048 (default: 4,096; quick: 2,048)")
     parser.add_argument(
-        "--policy", type=existing_file, action="append", default=[], help="a NAMM's file too; repeatable"
+        "--policy", type=existing_file, action="append", help="a NAMM's file; repeatable (default: the shipped one)"
     )
     options = parser.parse_args()
     num_tokens = options.tokens or (2_048 if options.quick else 4_096)
@@ -49,9 +48,9 @@ def main() -> None:
     tokenizer = load_tokenizer(directory)
     decoder = Decoder.load(directory, num_threads=options.threads)
     policies: dict[str, EvictionPolicy] = {name.partition("/")[0]: policy for name, policy in POLICIES.items()}
-    policies |= {path.stem: Namm.load(path) for path in options.policy}
+    policies |= {path.stem: Namm.load(path) for path in options.policy or [SHIPPED / "smollm2-namm.safetensors"]}
 
-    prose = gzip.decompress(BOOK.read_bytes()).decode()[: 8 * num_tokens]
+    prose = the_book()[: 8 * num_tokens]
     code = "".join(inspect.getsource(module) for module in (json.decoder, textwrap, inspect))
     for name, text, class_of_character, classes in (
         ("prose", prose, prose_classes(prose), PROSE_CLASSES),

@@ -5,7 +5,6 @@ machines with AMX; elsewhere the same rows are printed with both sides in their 
 book through the public API and watches that neither speed nor memory change.
 """
 
-import gzip
 import itertools
 import signal
 import sys
@@ -15,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from _book import the_book
 from _peer import Peer
 from _report import Report, arguments, has_amx, interleaved, seconds
 from _worker_process import worker_process
@@ -30,7 +30,6 @@ from eunoe.eviction import DEFAULT_POLICY
 from eunoe_kernels.segment_attention import segment_attention
 
 SETTINGS = MemorySettings(kv_budget_tokens=1024, segment_length=512)
-BOOK = Path(__file__).parents[1] / "examples" / "kjv.txt.gz"
 SAMPLE_SECONDS = 0.5
 
 
@@ -48,7 +47,7 @@ def main() -> None:
         report.say("  no AMX here: the prefill goals do not apply, both dtypes are shown")
     _, directory = resolve_model(DEFAULT_MODEL, on_step=report.say)
     tokenizer = load_tokenizer(directory)
-    book = gzip.decompress(BOOK.read_bytes())
+    book = the_book().encode()
     decoder = Decoder.load(directory, num_threads=options.threads)
 
     token_ids = tokenizer.encode(book[: 16_384 * 6].decode(errors="ignore"))

@@ -5,12 +5,12 @@ What a worker holds beyond an empty one counts rotated copies, and the room for 
 as well: so less than three quarters are saved. `state_bytes_saved_*` is of what is stored and moved.
 """
 
-import gzip
 import signal
 import sys
 import tempfile
 from pathlib import Path
 
+from _book import its_beginning
 from _report import Report, arguments
 from _worker_process import worker_process
 
@@ -18,13 +18,12 @@ from eunoe.client import Client, StreamSettings
 from eunoe.decoder.checkpoint import load_config
 from eunoe.decoder.config import Dtypes
 from eunoe.decoder.memory_state import MemorySettings, MemoryState
-from eunoe.decoder.tokenizer import Tokenizer, load_tokenizer
+from eunoe.decoder.tokenizer import load_tokenizer
 from eunoe.embedded.models import DEFAULT_MODEL, resolve_model
 from eunoe.embedded.platform import Platform
 from eunoe.eviction import POLICIES, EvictionPolicy, Namm
 from eunoe.eviction.policy_files import SHIPPED
 
-BOOK = Path(__file__).parents[1] / "examples" / "kjv.txt.gz"
 SHARE = 0.25
 MEMORY_LIMIT_BYTES = 16 * 1024**3
 # Of two segments, about.
@@ -45,7 +44,7 @@ def main() -> None:
     report = Report("memory_freed", as_json=options.json)
     _, directory = resolve_model(DEFAULT_MODEL, on_step=report.say)
 
-    text = a_text(load_tokenizer(directory), num_tokens)
+    text = its_beginning(load_tokenizer(directory), num_tokens)
     full_rss, bounded_rss = (
         resident_bytes(report, directory, options.threads, settings, options.streams, text)
         for settings in (full, bounded)
@@ -67,12 +66,6 @@ def main() -> None:
         freed = 1 - state.resident_bytes / all_state.resident_bytes
         report.add(f"slab_bytes_saved_25_{label}", freed, f"{state.resident_bytes:,} of {all_state.resident_bytes:,}")
     report.finish()
-
-
-def a_text(tokenizer: Tokenizer, num_tokens: int) -> str:
-    """The beginning of the book, as whole lines with somewhat more tokens than asked for."""
-    book = gzip.decompress(BOOK.read_bytes()).decode()
-    return tokenizer.decode(tokenizer.encode(book[: 8 * num_tokens])[: num_tokens + 16])
 
 
 def resident_bytes(
