@@ -1,8 +1,8 @@
 """How much better does eunoe-nano foretell a long text with its compressive memory? Bits a byte, and perplexity.
 
 The same bytes are read by the same decoder with its memory, with the memory's gates shut (the window alone), and by
-a twin of as many parameters that was trained for as long from the same start without ever having a memory. With full
-attention, on the first 2,048 bytes: there nothing leaves the window, but the model was never trained on distances
+a twin of as many parameters that was trained for as long on the same data, but read on without its memory in the last
+run, when the other one learned to use it. With full attention, on the first 2,048 bytes: there nothing leaves the window, but the model was never trained on distances
 beyond two segments. Only bytes after the first 512 count. Intervals are paired bootstrap ones of 95% over the pieces.
 """
 
@@ -33,7 +33,7 @@ def main() -> None:
     """Measure and print."""
     parser = arguments(__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--model", type=Path, default=CHECKPOINT, help="its directory (default: eunoe-nano)")
-    parser.add_argument("--twin", type=Path, default=TWIN, help="trained without a memory")
+    parser.add_argument("--twin", type=Path, default=TWIN, help="learned to read without a memory")
     parser.add_argument("--length", type=int, default=32_768, help="bytes of a piece (default: %(default)s)")
     parser.add_argument("--pieces", type=int, help="of the test books and of the train books (default: 16)")
     options = parser.parse_args()
