@@ -2,8 +2,9 @@
 
 The same bytes are read by the same decoder with its memory, with the memory's gates shut (the window alone), and by
 a twin of as many parameters that was trained for as long on the same data, but read on without its memory in the last
-run, when the other one learned to use it. With full attention, on the first 2,048 bytes: there nothing leaves the window, but the model was never trained on distances
-beyond two segments. Only bytes after the first 512 count. Intervals are paired bootstrap ones of 95% over the pieces.
+run, when the other one learned to use it. With full attention, on the first 2,048 bytes: there nothing leaves the
+window, but the model was never trained on distances beyond two segments. Only bytes after the first 512 count.
+Intervals are paired bootstrap ones of 95% over the pieces.
 """
 
 import math
