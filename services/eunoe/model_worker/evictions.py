@@ -3,69 +3,20 @@
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 
 import numpy as np
 import torch
 
-from eunoe.decoder.decoder import Decoder
-from eunoe.decoder.memory_state import MemorySettings
 from eunoe.eviction import EvictionPolicy, ScoringPolicy, Statistics, Window
 from eunoe.eviction.catalogue import Choice
 from eunoe.eviction.fallback import Fallback, decided_by, policy_in_charge
 from eunoe.internal.v1 import eviction_sidecar_pb2 as pb
 from eunoe.internal.v1.state_store_pb2 import DecisionRun
 from eunoe.model_worker import metrics
-from eunoe.model_worker.engine import Engine
 from eunoe.model_worker.fold import run_of
-from eunoe.model_worker.memory import Admission
 from eunoe.model_worker.sidecar import NoScores, Sidecar
-from eunoe.runtime.errors import Overloaded
 
 logger = logging.getLogger(__name__)
-
-
-class StateRoom:
-    """The memory that is reserved for one stream's memory state, and what policies it suffices for.
-
-    Args:
-        engine, admission, decoder: Of the worker.
-        settings: Of the stream.
-    """
-
-    def __init__(self, engine: Engine, admission: Admission, decoder: Decoder, settings: MemorySettings) -> None:
-        self._engine = engine
-        self._admission = admission
-        self._decoder = decoder
-        self._settings = settings
-        self._reserved_bytes = 0
-        self._slot_bytes = -1
-
-    async def reserve(self, policy: EvictionPolicy) -> None:
-        """Have room for a policy and for all that remember no more of a slot.
-
-        Raises:
-            Overloaded: If there is none; what was reserved before stays.
-        """
-        if self.suffices(policy):
-            return
-        num_bytes = await self._engine.call(lambda: self._decoder.new_state(self._settings, policy).resident_bytes)
-        await self._admission.reserve(num_bytes - self._reserved_bytes)
-        self._reserved_bytes, self._slot_bytes = num_bytes, _slot_bytes(policy)
-
-    async def grow(self, policy: EvictionPolicy) -> None:
-        """Have room for a policy too if there is any left."""
-        with suppress(Overloaded):
-            await self.reserve(policy)
-
-    def suffices(self, policy: EvictionPolicy) -> bool:
-        """Whether there is room for a policy; on any thread."""
-        return _slot_bytes(policy) <= self._slot_bytes
-
-    def release(self) -> None:
-        """Give all of it back."""
-        self._admission.ledger.release(self._reserved_bytes)
-        self._reserved_bytes, self._slot_bytes = 0, -1
 
 
 class StreamEvictions:
@@ -231,7 +182,3 @@ def dropped_runs(positions_LHS: torch.Tensor, kept_LHS: torch.Tensor) -> tuple[n
     dropped = np.setdiff1d(positions_LHS[~is_kept_LHS].numpy(), positions_LHS[is_kept_LHS].numpy())
     # No position is the next of -2, or the one before it.
     return dropped[np.diff(dropped, prepend=-2) != 1], dropped[np.diff(dropped, append=-2) != 1]
-
-
-def _slot_bytes(policy: EvictionPolicy) -> int:
-    return policy.statistics.num_bytes if policy.statistics is not None else 0

@@ -2,8 +2,13 @@
 
 import threading
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 
+from eunoe.decoder.decoder import Decoder
+from eunoe.decoder.memory_state import MemorySettings
+from eunoe.eviction import EvictionPolicy
 from eunoe.model_worker import metrics
+from eunoe.model_worker.engine import Engine
 from eunoe.runtime.errors import Overloaded
 
 
@@ -66,3 +71,50 @@ class Admission:
                     f"{self.ledger.limit_bytes} are in use",
                     retry_after_seconds=2.0,
                 )
+
+
+class StateRoom:
+    """The memory that is reserved for one stream's memory state, and what policies it suffices for.
+
+    Args:
+        engine, admission, decoder: Of the worker.
+        settings: Of the stream.
+    """
+
+    def __init__(self, engine: Engine, admission: Admission, decoder: Decoder, settings: MemorySettings) -> None:
+        self._engine = engine
+        self._admission = admission
+        self._decoder = decoder
+        self._settings = settings
+        self._reserved_bytes = 0
+        self._slot_bytes = -1
+
+    async def reserve(self, policy: EvictionPolicy) -> None:
+        """Have room for a policy and for all that remember no more of a slot.
+
+        Raises:
+            Overloaded: If there is none; what was reserved before stays.
+        """
+        if self.suffices(policy):
+            return
+        num_bytes = await self._engine.call(lambda: self._decoder.new_state(self._settings, policy).resident_bytes)
+        await self._admission.reserve(num_bytes - self._reserved_bytes)
+        self._reserved_bytes, self._slot_bytes = num_bytes, _slot_bytes(policy)
+
+    async def grow(self, policy: EvictionPolicy) -> None:
+        """Have room for a policy too if there is any left."""
+        with suppress(Overloaded):
+            await self.reserve(policy)
+
+    def suffices(self, policy: EvictionPolicy) -> bool:
+        """Whether there is room for a policy; on any thread."""
+        return _slot_bytes(policy) <= self._slot_bytes
+
+    def release(self) -> None:
+        """Give all of it back."""
+        self._admission.ledger.release(self._reserved_bytes)
+        self._reserved_bytes, self._slot_bytes = 0, -1
+
+
+def _slot_bytes(policy: EvictionPolicy) -> int:
+    return policy.statistics.num_bytes if policy.statistics is not None else 0

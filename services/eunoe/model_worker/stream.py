@@ -23,9 +23,9 @@ from eunoe.model_worker import metrics
 from eunoe.model_worker.checkpoints import Checkpoints
 from eunoe.model_worker.config import WorkerConfig
 from eunoe.model_worker.engine import Engine
-from eunoe.model_worker.evictions import StateRoom, StreamEvictions, recorded_policy
+from eunoe.model_worker.evictions import StreamEvictions, recorded_policy
 from eunoe.model_worker.fold import EphemeralCopy, StreamFold
-from eunoe.model_worker.memory import Admission
+from eunoe.model_worker.memory import Admission, StateRoom
 from eunoe.model_worker.sidecar import Sidecar
 from eunoe.runtime.errors import (
     Conflict,
