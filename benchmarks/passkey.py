@@ -83,6 +83,12 @@ def parsed_options() -> argparse.Namespace:
     parser.add_argument("--cases", type=int, default=3, help="a cell, of the platform (default: %(default)s)")
     parser.add_argument("--batched", type=int, default=0, metavar="N", help="cases a cell side by side, no platform")
     parser.add_argument("--filler", choices=("paper", "shuffled", "book"), default="paper", help="of the test split")
+    parser.add_argument(
+        "--haystacks",
+        type=int,
+        default=1,
+        help="texts that keys are hidden in, by turns (default: %(default)s)",
+    )
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     options.lengths = options.lengths or (["10k"] if options.quick else list(LENGTHS)[1:])
@@ -217,7 +223,8 @@ def documents_of(options: argparse.Namespace, lengths: Sequence[str], num_cases:
     """All documents, `num_cases` a cell; a case is the same whatever other cells are asked for."""
     for length, depth, index in itertools.product(lengths, options.depths, range(num_cases)):
         generator = np.random.default_rng((options.seed, list(DEPTHS).index(depth), index))
-        case = passkey_case(LENGTHS[length], DEPTHS[depth], generator, options.filler, filler_seed=options.seed)
+        haystack = options.seed + index % options.haystacks
+        case = passkey_case(LENGTHS[length], DEPTHS[depth], generator, options.filler, filler_seed=haystack)
         yield Document(length, depth, case, case.prompt.removesuffix(question().encode()))
 
 
