@@ -287,15 +287,18 @@ async def test_rules_are_followed_again_once_a_typo_is_corrected(
 async def test_a_payload_that_cannot_be_removed_ends_no_watch(
     sidecar: Sidecar, caplog: pytest.LogCaptureFixture
 ) -> None:
-    irremovable = sidecar.payloads / "a-directory.payload"
+    irremovable, stale = sidecar.payloads / "a-directory.payload", sidecar.payloads / "stale.payload"
     irremovable.mkdir()
-    os.utime(irremovable, (0, 0))
+    stale.touch()
+    for path in (irremovable, stale):
+        os.utime(path, (0, 0))
     await until(lambda: "a directory cannot be looked after" in caplog.messages)
 
     write_rules(sidecar, 'default = "key-norm/1"')
     await until(lambda: "there are new policies or rules" in caplog.messages)
 
     assert caplog.messages.count("a directory cannot be looked after") == 1
+    assert not stale.exists()
 
 
 def test_an_answer_of_no_message_is_an_error() -> None:

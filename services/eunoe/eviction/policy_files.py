@@ -65,12 +65,13 @@ class PolicyFiles:
         return known[name]
 
     def refresh(self) -> bool:
-        """Read the files again if something in the directory has changed; whether it has."""
+        """Read the files again if something in the directory has changed or was broken; whether anything is new."""
         try:
             signature = _signature(self.directory)
         except OSError:
             return False  # In the middle of a change.
-        if signature == self._signature:
+        # What cannot be read may be readable by now and look the same: permissions change no time of a file.
+        if signature == self._signature and not self.broken:
             return False
         by_stem, broken = {}, {}
         for name, *_ in signature:
@@ -81,10 +82,12 @@ class PolicyFiles:
                 by_stem[name.removesuffix(".safetensors")] = Namm.load(self.directory / name)
             except (OSError, ValueError, UnknownVersion) as error:
                 broken[name] = str(error)
-                logger.error("a policy cannot be read", extra={"file": name, "problem": str(error)})
+                if broken[name] != self.broken.get(name):
+                    logger.error("a policy cannot be read", extra={"file": name, "problem": str(error)})
         self._by_name = {**self._by_name, **{policy.name: policy for policy in by_stem.values()}}
+        has_changed = (signature, broken) != (self._signature, self.broken)
         self._by_stem, self.broken, self._signature = by_stem, broken, signature
-        return True
+        return has_changed
 
 
 def _signature(directory: Path | None) -> _Signature:

@@ -27,6 +27,8 @@ from eunoe.runtime.payload_files import PayloadWriter
 logger = logging.getLogger(__name__)
 
 _REST_DEADLINES = 10
+# Pairs of a policy and a shadow that it is logged of once.
+_MAX_LEFT_OUT = 100
 _REASONS: Mapping[type[EunoeError], str] = {
     DeadlineTooShort: "late",
     Unavailable: "unavailable",
@@ -69,7 +71,7 @@ class Sidecar:
         self._scores_in_process = scores_in_process
         self._features = features
         self._shadow_features = shadow_features
-        self._shadow_problems: set[str] = set()
+        self._left_out: set[tuple[str, str]] = set()
 
     def choose(self, stream: str, present: EvictionPolicy) -> Choice:
         """What decides for a stream from now on: what the sidecar says, the present policy if it says nothing.
@@ -192,9 +194,11 @@ class Sidecar:
             problem = "nobody observes what it scores"
         else:
             return shadow
-        if problem not in self._shadow_problems:
+        if (name, policy.name) not in self._left_out:
             # It comes with the answer for each segment.
-            self._shadow_problems.add(problem)
+            if len(self._left_out) >= _MAX_LEFT_OUT:
+                self._left_out.clear()
+            self._left_out.add((name, policy.name))
             extra = {"shadow": name, "policy": policy.name, "problem": problem}
             logger.warning("the sidecar chose a shadow that is left out", extra=extra)
         return None

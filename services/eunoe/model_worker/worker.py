@@ -253,11 +253,18 @@ class ModelWorker:
         return (await self.place(name)).worker == self.incarnation
 
     async def _drop_idle(self) -> bool:
-        """Commit and let go the least recently used idle stream with a memory state here; False if there is none."""
+        """Commit and let go the least recently used idle stream with a memory state here; False if there is none.
+
+        What its commit fails of is not the trouble of whoever needs the room, perhaps another tenant's stream.
+        """
         idle = [stream for stream in self.streams.values() if stream.is_loaded and stream.is_idle]
         if not idle:
             return False
-        await self._let_go(min(idle, key=lambda stream: stream.last_used))
+        stream = min(idle, key=lambda stream: stream.last_used)
+        try:
+            await self._let_go(stream)
+        except EunoeError as error:
+            logger.warning("an idle stream ended", extra={"stream": stream.name, "error": str(error)})
         return True
 
     async def _let_go(self, stream: OwnedStream) -> None:

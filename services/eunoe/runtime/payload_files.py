@@ -82,10 +82,19 @@ def read_payload(directory: Path, name: str, generation: int, into: memoryview) 
 
 
 def remove_stale(directory: Path, max_age_seconds: float) -> None:
-    """Remove files that nobody has written for so long: their writers have died."""
+    """Remove files that nobody has written for so long: their writers have died.
+
+    Raises:
+        OSError: If one cannot be removed; all others are.
+    """
+    first_error = None
     for path in directory.glob(f"*{_SUFFIX}"):
         try:
             if time.time() - path.stat().st_mtime > max_age_seconds:
                 path.unlink()
         except FileNotFoundError:
             continue
+        except OSError as error:
+            first_error = first_error or error
+    if first_error is not None:
+        raise first_error

@@ -226,6 +226,27 @@ async def test_a_worker_full_of_streams_in_use_says_so(platform: Any) -> None:
     assert used not in worker.streams
 
 
+async def test_an_idle_stream_that_cannot_be_committed_fails_no_other(platform: Any, make_text: Text) -> None:
+    probe = await platform.worker()
+    probed, deleted, needed = [await platform.stream() for _ in range(3)]
+    await (await probe.held(probed, await probe.place(probed))).load()
+    worker = await platform.worker(memory_limit_bytes=probe.ledger.reserved_bytes, checkpoint_segments=1000)
+    await platform.append(deleted, make_text(1500))
+    idle = await worker.held(deleted, await worker.place(deleted))
+    await (await idle.reach(1000, lambda fold: None))
+
+    async def is_idle() -> bool:
+        return idle.is_idle
+
+    await platform.until(is_idle)
+    await platform.store.delete_stream(pb.DeleteStreamRequest(name=deleted))
+
+    await (await worker.held(needed, await worker.place(needed))).load()
+
+    assert deleted not in worker.streams
+    assert worker.ledger.reserved_bytes == worker.ledger.limit_bytes
+
+
 async def test_a_deleted_stream_is_let_go(platform: Any, make_text: Text) -> None:
     worker = await platform.worker()
     name = await platform.stream()

@@ -169,6 +169,22 @@ def test_rules_that_were_broken_are_read_again_though_the_file_looks_the_same(
     assert chosen(catalogue, "any") == ("key-norm/1", None)
 
 
+def test_a_file_that_may_be_read_again_is_read_though_it_looks_the_same(tmp_path: Path) -> None:
+    path = tmp_path / "namm.safetensors"
+    a_namm(0.1).save(path)
+    catalogue, whole = catalogue_of(tmp_path, SINKS_RECENT), path.read_bytes()
+    path.write_bytes(b"x" * len(whole))
+    before = path.stat()
+    has_changed = [catalogue.refresh(), catalogue.refresh()]
+
+    path.write_bytes(whole)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+    assert not any(has_changed)
+    assert catalogue.refresh()
+    assert catalogue.files.named("namm").name == a_namm(0.1).name
+
+
 def test_without_rules_a_broken_file_hides_no_other(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     a_namm(0.1).save(tmp_path / "namm.safetensors")
     (tmp_path / "broken.safetensors").write_bytes(b"no safetensors")

@@ -29,14 +29,14 @@ async def fail(context: Any) -> None:
 
 
 class TroubledStore(state_store_pb2_grpc.StateStoreServiceServicer):
-    """Renews a worker's life but for the first time.
+    """Renews a worker's life, after all of its troubles.
 
     Attributes:
         has_renewed: A life was renewed.
     """
 
-    def __init__(self, trouble: Callable[[Any], Awaitable[None]]) -> None:
-        self._troubles = [trouble]
+    def __init__(self, *troubles: Callable[[Any], Awaitable[None]]) -> None:
+        self._troubles = [*troubles]
         self.has_renewed = asyncio.Event()
 
     async def RenewWorker(self, request: pb.RenewWorkerRequest, context: Any) -> pb.RenewWorkerResponse:
@@ -76,7 +76,7 @@ async def test_a_renewal_that_hangs_or_fails_is_followed_by_the_next_in_its_time
 
 
 async def test_a_worker_that_is_not_able_gives_no_sign_of_life() -> None:
-    store = TroubledStore(fail)
+    store = TroubledStore()
     has_asked_twice = asyncio.Event()
     num_asked = 0
 

@@ -127,7 +127,7 @@ def test_two_workers_take_the_steps_of_one(
         assert ours["gradient_norm"] == pytest.approx(theirs["gradient_norm"], rel=1e-3)
 
 
-def test_what_the_listener_raises_is_raised_and_costs_no_report(tmp_path: Path) -> None:
+def test_what_the_listener_raises_is_raised_and_costs_neither_report_nor_model(tmp_path: Path) -> None:
     twin = replace(QUICK, recalling=replace(QUICK.recalling, uses_memory=False))
 
     def on_report(report: dict[str, Any]) -> None:
@@ -140,7 +140,7 @@ def test_what_the_listener_raises_is_raised_and_costs_no_report(tmp_path: Path) 
         (run, step) for run in twin.runs() for step in (2, 4, 6, 8)
     ]
 
-    model = load(train_on_ray(tmp_path, recipe=twin))
+    model = load(tmp_path / "quick")
     # It never learned what to do with what its memory would say.
     assert not any(gate for layer in model.memory_gates() for gate in layer)
 

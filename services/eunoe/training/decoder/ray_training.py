@@ -60,7 +60,7 @@ def train_decoder(training: DecoderTraining, on_report: OnStep) -> Path:
     """Train on the Ray that is connected, and return the directory that the decoder loads.
 
     Args:
-        on_report: Called with each report, by another thread; what it raises is raised here, when the run is over.
+        on_report: Called with each report, by another thread; what it raises is raised here, once the model is written.
 
     Raises:
         BadRunDirectory: If the directory holds another run, or is in use.
@@ -84,7 +84,7 @@ def train_decoder(training: DecoderTraining, on_report: OnStep) -> Path:
             ),
         )
         curve = _Curve(run.path)
-        with _listening(reports, curve, on_report), _interruptible():
+        with _listening(reports, curve, on_report) as told, _interruptible():
             result = trainer.fit()
         assert result.checkpoint is not None, "every run ends with a checkpoint"
         with result.checkpoint.as_directory() as checkpoint:
@@ -93,6 +93,8 @@ def train_decoder(training: DecoderTraining, on_report: OnStep) -> Path:
             shut_gates(model)
         last_stage = training.recipe.recalling.stages[-1]
         export(model, run.path / training.name, last_stage.segment_length, training.recipe.longest())
+        for each in told:
+            each.result()
         return run.path / training.name
 
 
@@ -138,8 +140,11 @@ class _Reports:
 
 
 @contextmanager
-def _listening(reports: Any, curve: "_Curve", on_report: OnStep) -> Iterator[None]:
-    """Keep and tell what is reported, for as long as the block runs, which itself waits for Ray."""
+def _listening(reports: Any, curve: "_Curve", on_report: OnStep) -> Iterator[list[Future[None]]]:
+    """Keep and tell what is reported, for as long as the block runs, which itself waits for Ray.
+
+    Yields what came of keeping and telling: done when the block has ended.
+    """
     is_over = threading.Event()
     told: list[Future[None]] = []
 
@@ -153,13 +158,11 @@ def _listening(reports: Any, curve: "_Curve", on_report: OnStep) -> Iterator[Non
 
     # Two threads: an error of whoever is told must not end the curve.
     with ThreadPoolExecutor(1, "teller") as teller, ThreadPoolExecutor(1, "listener") as listener:
-        listening = listener.submit(listen)
+        told.append(listener.submit(listen))
         try:
-            yield
+            yield told
         finally:
             is_over.set()
-    for each in (listening, *told):
-        each.result()
 
 
 @contextmanager
