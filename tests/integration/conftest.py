@@ -338,10 +338,12 @@ def a_gateway(state_store: Any) -> Any:
         )
         gateway = Gateway(config)
         await gateway.server.start()
-        async with open_channel(gateway.server.address) as channel:
-            yield gateway, long_context_pb2_grpc.LongContextServiceStub(channel)
-        await gateway.server.drain(0)
-        await gateway.close()
+        try:
+            async with open_channel(gateway.server.address) as channel:
+                yield gateway, long_context_pb2_grpc.LongContextServiceStub(channel)
+        finally:
+            await gateway.server.drain(0)
+            await gateway.close()
 
     return running
 

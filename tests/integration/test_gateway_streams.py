@@ -42,6 +42,16 @@ NAMELESS = {"CreateStream", "ListStreams", "ImportStream", "ListModels", "GetUsa
 
 async def call(stub: Any, rpc: Any, request: Any, **options: Any) -> Any:
     """The last response of an RPC of any kind, to one request."""
+    while True:
+        try:
+            return await call_once(stub, rpc, request, **options)
+        except grpc.RpcError as error:
+            # grpc.aio loses the status of a call that ends while it is written to; clients try again, too.
+            if error.details() != "Internal error from Core":
+                raise
+
+
+async def call_once(stub: Any, rpc: Any, request: Any, **options: Any) -> Any:
     method = getattr(stub, rpc.name)
     requests = iter([request]) if rpc.client_streaming else request
     if not rpc.server_streaming:

@@ -55,9 +55,11 @@ async def served(store: TroubledStore) -> AsyncIterator[StateStoreClient]:
         service_names=["eunoe.internal.v1.StateStoreService"],
     )
     await server.start()
-    async with open_channel(server.address) as channel:
-        yield StateStoreClient(channel)
-    await server.drain(0)
+    try:
+        async with open_channel(server.address) as channel:
+            yield StateStoreClient(channel)
+    finally:
+        await server.drain(0)
 
 
 @pytest.mark.parametrize("trouble", [hang, fail])
