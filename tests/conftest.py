@@ -18,8 +18,10 @@ import tempfile
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -28,7 +30,10 @@ import redis
 from eunoe.clients.state_store import StateStoreClient
 from eunoe.embedded.processes import free_ports
 from eunoe.embedded.redis_server import DURABLE_SETTINGS, server_binary
+from eunoe.internal.v1 import state_store_pb2_grpc
+from eunoe.runtime.auth import TlsConfig
 from eunoe.runtime.grpc_channel import open_channel
+from eunoe.runtime.grpc_server import GrpcServer
 from eunoe.state_store.__main__ import build_server
 from eunoe.state_store.config import StateStoreConfig
 from eunoe.state_store.redis_storage import RedisStorage
@@ -207,3 +212,30 @@ def smollm2_directory() -> Path:
     if os.environ.get("EUNOE_REQUIRE_MODEL"):
         pytest.fail("EUNOE_REQUIRE_MODEL is set, EUNOE_TEST_MODEL is not")
     pytest.skip("EUNOE_TEST_MODEL names no model directory")
+
+
+Serve = Callable[..., AbstractAsyncContextManager[tuple[GrpcServer, Any]]]
+
+
+@pytest.fixture
+def serve() -> Serve:
+    """Serves a state store's servicer, whose handlers a test writes, for the length of an `async with`: a started
+    server and a stub connected to it.
+    """
+
+    @asynccontextmanager
+    async def serving(servicer: Any, *, client_tls: TlsConfig | None = None, **options: Any) -> AsyncIterator[Any]:
+        server = GrpcServer(
+            address="127.0.0.1:0",
+            add_servicers=lambda s: state_store_pb2_grpc.add_StateStoreServiceServicer_to_server(servicer, s),
+            service_names=["eunoe.internal.v1.StateStoreService"],
+            **options,
+        )
+        await server.start()
+        try:
+            async with open_channel(server.address, client_tls) as channel:
+                yield server, state_store_pb2_grpc.StateStoreServiceStub(channel)
+        finally:
+            await server.drain(0)
+
+    return serving

@@ -1,11 +1,12 @@
 """A channel of ours and a network or a server that takes its time."""
 
+from typing import Any
+
 from fault_proxy import FaultProxy
 
 from eunoe.internal.v1 import state_store_pb2 as pb
 from eunoe.internal.v1 import state_store_pb2_grpc
 from eunoe.runtime.grpc_channel import open_channel
-from eunoe.runtime.grpc_server import GrpcServer
 
 
 class Servicer(state_store_pb2_grpc.StateStoreServiceServicer):
@@ -13,19 +14,14 @@ class Servicer(state_store_pb2_grpc.StateStoreServiceServicer):
         return pb.GetUsageResponse()
 
 
-async def test_a_connection_may_take_longer_than_the_backoff() -> None:
-    server = GrpcServer(
-        address="127.0.0.1:0",
-        add_servicers=lambda s: state_store_pb2_grpc.add_StateStoreServiceServicer_to_server(Servicer(), s),
-        service_names=["eunoe.internal.v1.StateStoreService"],
-    )
-    await server.start()
-    try:
-        async with FaultProxy(server.address) as proxy, open_channel(proxy.address) as channel:
-            proxy.delay_seconds = 0.5
-            stub = state_store_pb2_grpc.StateStoreServiceStub(channel)
+async def test_a_connection_may_take_longer_than_the_backoff(serve: Any) -> None:
+    async with (
+        serve(Servicer()) as (server, _),
+        FaultProxy(server.address) as proxy,
+        open_channel(proxy.address) as channel,
+    ):
+        proxy.delay_seconds = 0.5
+        stub = state_store_pb2_grpc.StateStoreServiceStub(channel)
 
-            assert await stub.GetUsage(pb.GetUsageRequest(), timeout=20) == pb.GetUsageResponse()
-            assert proxy.num_connections == 1
-    finally:
-        await server.drain(0)
+        assert await stub.GetUsage(pb.GetUsageRequest(), timeout=20) == pb.GetUsageResponse()
+        assert proxy.num_connections == 1

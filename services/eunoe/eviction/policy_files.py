@@ -71,11 +71,12 @@ class PolicyFiles:
         except OSError:
             return False  # In the middle of a change.
         # What cannot be read may be readable by now and look the same: permissions change no time of a file.
-        if signature == self._signature and not self.broken:
+        is_same = signature == self._signature
+        if is_same and not self.broken:
             return False
-        by_stem, broken = {}, {}
+        by_stem, broken = dict(self._by_stem) if is_same else {}, {}
         for name, *_ in signature:
-            if not name.endswith(".safetensors"):
+            if not name.endswith(".safetensors") or (is_same and name not in self.broken):
                 continue
             assert self.directory is not None
             try:
@@ -85,7 +86,7 @@ class PolicyFiles:
                 if broken[name] != self.broken.get(name):
                     logger.error("a policy cannot be read", extra={"file": name, "problem": str(error)})
         self._by_name = {**self._by_name, **{policy.name: policy for policy in by_stem.values()}}
-        has_changed = (signature, broken) != (self._signature, self.broken)
+        has_changed = not is_same or broken != self.broken
         self._by_stem, self.broken, self._signature = by_stem, broken, signature
         return has_changed
 

@@ -1,8 +1,7 @@
 """A worker's sign of life, over a state store that does not answer as it should."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import grpc
@@ -13,7 +12,6 @@ from eunoe.internal.v1 import state_store_pb2 as pb
 from eunoe.internal.v1 import state_store_pb2_grpc
 from eunoe.model_worker.ownership import Ownership
 from eunoe.runtime.grpc_channel import open_channel
-from eunoe.runtime.grpc_server import GrpcServer
 
 WORKER = pb.Worker(worker="w", address="127.0.0.1:1")
 # Far below the client's own deadline of ten seconds.
@@ -47,28 +45,13 @@ class TroubledStore(state_store_pb2_grpc.StateStoreServiceServicer):
         return pb.RenewWorkerResponse()
 
 
-@asynccontextmanager
-async def served(store: TroubledStore) -> AsyncIterator[StateStoreClient]:
-    server = GrpcServer(
-        address="127.0.0.1:0",
-        add_servicers=lambda s: state_store_pb2_grpc.add_StateStoreServiceServicer_to_server(store, s),
-        service_names=["eunoe.internal.v1.StateStoreService"],
-    )
-    await server.start()
-    try:
-        async with open_channel(server.address) as channel:
-            yield StateStoreClient(channel)
-    finally:
-        await server.drain(0)
-
-
 @pytest.mark.parametrize("trouble", [hang, fail])
 async def test_a_renewal_that_hangs_or_fails_is_followed_by_the_next_in_its_time(
-    trouble: Callable[[Any], Awaitable[None]],
+    serve: Any, trouble: Callable[[Any], Awaitable[None]]
 ) -> None:
     store = TroubledStore(trouble)
-    async with served(store) as client:
-        renewing = asyncio.create_task(Ownership(client, WORKER).renew_forever(1.0, lambda: True))
+    async with serve(store) as (server, _), open_channel(server.address) as channel:
+        renewing = asyncio.create_task(Ownership(StateStoreClient(channel), WORKER).renew_forever(1.0, lambda: True))
 
         async with asyncio.timeout(LIMIT_SECONDS):
             await store.has_renewed.wait()
@@ -77,7 +60,7 @@ async def test_a_renewal_that_hangs_or_fails_is_followed_by_the_next_in_its_time
         renewing.cancel()
 
 
-async def test_a_worker_that_is_not_able_gives_no_sign_of_life() -> None:
+async def test_a_worker_that_is_not_able_gives_no_sign_of_life(serve: Any) -> None:
     store = TroubledStore()
     has_asked_twice = asyncio.Event()
     num_asked = 0
@@ -89,8 +72,8 @@ async def test_a_worker_that_is_not_able_gives_no_sign_of_life() -> None:
             has_asked_twice.set()
         return False
 
-    async with served(store) as client:
-        renewing = asyncio.create_task(Ownership(client, WORKER).renew_forever(0.01, is_able))
+    async with serve(store) as (server, _), open_channel(server.address) as channel:
+        renewing = asyncio.create_task(Ownership(StateStoreClient(channel), WORKER).renew_forever(0.01, is_able))
 
         async with asyncio.timeout(LIMIT_SECONDS):
             await has_asked_twice.wait()

@@ -1,9 +1,7 @@
-"""A server of the state store's service, whose handlers a test writes, and certificates made on the spot."""
+"""Certificates made on the spot."""
 
 import datetime
 import ipaddress
-from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,35 +10,6 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
-
-from eunoe.internal.v1 import state_store_pb2_grpc
-from eunoe.runtime.auth import TlsConfig
-from eunoe.runtime.grpc_channel import open_channel
-from eunoe.runtime.grpc_server import GrpcServer
-
-Serve = Callable[..., AbstractAsyncContextManager[tuple[GrpcServer, Any]]]
-
-
-@pytest.fixture
-def serve() -> Serve:
-    """Serves a servicer for the length of an `async with`: a started server and a stub connected to it."""
-
-    @asynccontextmanager
-    async def serving(servicer: Any, *, client_tls: TlsConfig | None = None, **options: Any) -> AsyncIterator[Any]:
-        server = GrpcServer(
-            address="127.0.0.1:0",
-            add_servicers=lambda s: state_store_pb2_grpc.add_StateStoreServiceServicer_to_server(servicer, s),
-            service_names=["eunoe.internal.v1.StateStoreService"],
-            **options,
-        )
-        await server.start()
-        try:
-            async with open_channel(server.address, client_tls) as channel:
-                yield server, state_store_pb2_grpc.StateStoreServiceStub(channel)
-        finally:
-            await server.drain(0)
-
-    return serving
 
 
 @pytest.fixture(scope="session")
