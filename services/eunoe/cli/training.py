@@ -37,6 +37,10 @@ def _namm(
     start: Annotated[
         Path | None, typer.Option(help="NAMM to begin with, its normalization kept; default: all parameters zero.")
     ] = None,
+    evolve: Annotated[
+        Literal["network", "score"],
+        typer.Option(help="All parameters, or only the weight of each of the features in the score."),
+    ] = "network",
     share: Annotated[
         float,
         typer.Option(
@@ -105,6 +109,7 @@ def _namm(
             cases=training_mix(context, cases, seed=seed, tokenizer=load_tokenizer(model_path)),
             data={"cases": cases, "context": context, "seed": seed, "split": "train"},
             start=Namm.untrained() if start is None else Namm.load(start),
+            evolved=evolve,
             keeps_normalization=start is not None,
             objective=ObjectiveSettings(share=share, segment_length=segment, reading_weight=reading_weight),
             evolution=EvolutionSettings(

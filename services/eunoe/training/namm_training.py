@@ -14,12 +14,13 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 
 from eunoe.decoder.checkpoint import load_config, load_dtypes
 from eunoe.eviction import Namm
+from eunoe.eviction.backward_attention import slices
 from eunoe.training.curve import draw_curve
 from eunoe.training.evolution import Evaluate, Evolution, EvolutionSettings, Generation
 from eunoe.training.policy_objective import ObjectiveSettings, ObjectiveWorker, check_cases
@@ -29,6 +30,11 @@ from eunoe.training.spectrogram_moments import normalization_of
 from eunoe.training.strategy import Parameters
 from eunoe.training.tasks.case import Case
 from eunoe.training.worker_pool import Call, WorkerPool
+
+Evolved = Literal["network", "score"]
+"""Parameters that change: all of them, or only the weight of each feature in the score, 26 at most. As long as the
+others are zero, all that a slot sees of others is a product of three small random matrices, and most of what the whole
+network's members differ in has no effect."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,6 +55,8 @@ class NammTraining:
     """Where the cases come from, for the card."""
     start: Namm
     """Settings and first parameters."""
+    evolved: Evolved = "network"
+    """What of it changes."""
     keeps_normalization: bool = False
     """Whether the start's constants stay; else they are collected from the cases."""
     num_normalization_cases: int = 8
@@ -124,9 +132,9 @@ def train_namm(training: NammTraining, num_generations: int, watcher: Watcher, p
         start = _start(training, pool, watcher)
         evolution = Evolution(
             training.evolution,
-            start.network.parameters.numpy(),
+            start.network.parameters[_evolved(training)].numpy(),
             len(training.cases),
-            _evaluator(start, pool, watcher.advanced),
+            _evaluator(training, start, pool, watcher.advanced),
             run.generations,
         )
         while evolution.num_generations < num_generations:
@@ -146,6 +154,7 @@ def _settings(training: NammTraining) -> dict[str, Any]:
         "model": {"name": training.model_path.name, "sha256": _digest_of_model(training.model_path)},
         "data": training.data,
         "start": training.start.name,
+        "evolved": training.evolved,
         "keeps_normalization": training.keeps_normalization,
         "num_normalization_cases": training.num_normalization_cases,
         "objective": dataclasses.asdict(training.objective),
@@ -176,17 +185,24 @@ def _start(training: NammTraining, pool: Pool, watcher: Watcher) -> Namm:
     return Namm.load(path)
 
 
-def _evaluator(start: Namm, pool: Pool, on_done: Callable[[], None]) -> Evaluate:
+def _evaluator(training: NammTraining, start: Namm, pool: Pool, on_done: Callable[[], None]) -> Evaluate:
     def evaluate(members: Parameters, units: list[Unit]) -> list[float]:
-        policies = {member: pool.share(_policy(start, members[member])) for member in {member for member, _ in units}}
+        chosen = {member for member, _ in units}
+        policies = {member: pool.share(_policy(training, start, members[member])) for member in chosen}
         calls = [Call((policies[member], prompt), key=prompt) for member, prompt in units]
         return pool.map("fitness", calls, on_done)
 
     return evaluate
 
 
-def _policy(start: Namm, parameters: Parameters) -> Namm:
-    return replace(start, network=replace(start.network, parameters=torch.tensor(parameters)))
+def _evolved(training: NammTraining) -> slice:
+    return slice(None) if training.evolved == "network" else slices(training.start.network.num_features)["score_weight"]
+
+
+def _policy(training: NammTraining, start: Namm, evolved: Parameters) -> Namm:
+    parameters = start.network.parameters.clone()
+    parameters[_evolved(training)] = torch.tensor(evolved)
+    return replace(start, network=replace(start.network, parameters=parameters))
 
 
 def _most_calls(settings: EvolutionSettings, number: int) -> int:
@@ -195,7 +211,7 @@ def _most_calls(settings: EvolutionSettings, number: int) -> int:
 
 
 def _write_results(run: RunDirectory, training: NammTraining, start: Namm, evolution: Evolution) -> Namm:
-    best = _policy(start, evolution.best)
+    best = _policy(training, start, evolution.best)
     best.save(run.path / "policy.safetensors")
     card = {
         "kind": "namm",

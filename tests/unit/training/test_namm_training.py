@@ -14,11 +14,13 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 
 from eunoe.decoder.decoder import Decoder
 from eunoe.decoder.tiny import write_tiny_model
 from eunoe.decoder.tokenizer import load_tokenizer
 from eunoe.eviction import Namm
+from eunoe.eviction.backward_attention import NUM_PARAMETERS, SLICES
 from eunoe.training.evolution import EvolutionSettings, Generation
 from eunoe.training.namm_training import NammTraining, open_workers, train_namm
 from eunoe.training.policy_objective import ObjectiveSettings, PolicyObjective
@@ -198,6 +200,34 @@ def test_a_given_start_is_the_first_mean_with_its_constants(tmp_path: Path, mode
 
     assert policy.name == given.name
     assert watcher.began_with == ["generation 0"]
+
+
+class RememberingPool(LocalPool):
+    """Keeps the policies that it was to judge."""
+
+    def __init__(self, training: NammTraining) -> None:
+        super().__init__(training)
+        self.policies: list[Namm] = []
+
+    def share(self, value: Namm) -> Namm:
+        self.policies.append(value)
+        return value
+
+
+def test_evolving_the_score_leaves_all_other_parameters_as_they_were(tmp_path: Path, model_path: Path) -> None:
+    start = Namm.untrained()
+    start = replace(start, network=replace(start.network, parameters=start.network.parameters + 1))
+    training = a_training(tmp_path, model_path, start=start, evolved="score")
+    pool = RememberingPool(training)
+
+    train_namm(training, 1, Interrupting(), pool)
+
+    of_the_score = torch.zeros(NUM_PARAMETERS, dtype=torch.bool)
+    of_the_score[SLICES["score_weight"]] = True
+    # The first one is the start; then there are four members and the mean that they moved.
+    changed = [policy.network.parameters != start.network.parameters for policy in pool.policies[1:]]
+    assert len(changed) == 5
+    assert all(torch.equal(each, of_the_score) for each in changed)
 
 
 class NoPool:
