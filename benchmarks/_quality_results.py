@@ -1,13 +1,11 @@
 """Scores of eviction_quality that outlive a run: one JSON line each, by policy, share of bytes and case."""
 
-import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from eunoe.training.evaluation import Score
-from eunoe.training.tasks.case import Case
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,11 +51,3 @@ class Results:
     def log_likelihoods(self, policy: str, share: float, cases: Iterable[str]) -> list[float]:
         """Of each case's answer."""
         return [self[Key(policy, share, case)].log_likelihood for case in cases]
-
-
-def digest(case: Case) -> str:
-    """Of everything that is read, asked and expected."""
-    hashed = hashlib.sha256()
-    for part in (case.context, case.question, case.answer):
-        hashed.update(f"{len(part)} ".encode() + part.tobytes())
-    return hashed.hexdigest()[:16]

@@ -21,7 +21,7 @@ from statistics import mean, median
 
 import numpy as np
 from _quality_plot import plot
-from _quality_results import Key, Results, digest
+from _quality_results import Key, Results
 from _report import Report, arguments, existing_file
 
 from eunoe.decoder.decoder import Decoder
@@ -97,7 +97,7 @@ def main() -> None:
         presses = [Contender(label, name) for label, name in names.items()]
         their_full = Contender("kvpress full cache", f"kvpress/{version}/full-cache")
 
-    cases = {digest(case): case for case in drawn_cases(options, tokenizer)}
+    cases = {case.digest[:16]: case for case in drawn_cases(options, tokenizer)}
     results = Results(options.results)
 
     def evaluation(share: float) -> Evaluation:

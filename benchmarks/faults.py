@@ -260,12 +260,18 @@ def sidecar(run: Run) -> None:
 
     figures = asyncio.run(sidecar_faults(run.count(200, 13), SEED, _tiny_model(run)))
     wrong = (figures.failed_appends, figures.misrecorded, figures.not_back, figures.different, figures.failed_folds)
-    _say_violations(run, [problem for problems in wrong for problem in problems])
+    problems = [problem for problems in wrong for problem in problems]
+    if figures.lost_bytes:
+        problems.append(f"{figures.lost_bytes} acknowledged bytes are not in the logs")
+    if figures.num_unaudited > figures.num_unrecorded:
+        problems.append(f"{figures.num_unaudited} evictions are not in the audit log")
+    _say_violations(run, problems)
     num_faults, num_fallbacks = figures.faults.total(), figures.counted.total()
-    appended = (
-        f"of {figures.num_appends} in {num_faults} faults; {figures.lost_bytes} of {figures.num_bytes:,} bytes lost"
-    )
+    appended = f"of {figures.num_appends} in {num_faults} faults"
     run.report.add("sidecar_failed_appends", len(figures.failed_appends), appended)
+    run.report.add("sidecar_lost_bytes", figures.lost_bytes, f"of {figures.num_bytes:,}")
+    reported = f"of {figures.num_evictions}; {figures.num_unrecorded} were counted as lost on the way there"
+    run.report.add("sidecar_evictions_unaudited", figures.num_unaudited, reported)
     run.report.say(f"    {_kinds(figures.faults)}; {figures.num_hits} of them hit a segment; {figures.seconds:.0f} s")
     num_wrong = (figures.counted - figures.recorded).total() + (figures.recorded - figures.counted).total()
     decided = f"of {num_fallbacks} in {figures.num_evictions} evictions: {_kinds(figures.counted)}"

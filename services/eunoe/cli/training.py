@@ -89,14 +89,15 @@ def _namm(
             f"--cases {cases} is too few: {_NUM_VALIDATION_CASES} for validation and --prompts {prompts} of the others"
         )
     from eunoe.embedded.models import resolve_model
+    from eunoe.eviction import Namm
     from eunoe.training.ray_session import ray_session
 
+    begun_with = Namm.untrained() if start is None else Namm.load(start)
     _, model_path = resolve_model(model, on_step=note)
     with ray_session(ray_address, num_cpus=workers and workers * threads, num_threads=threads):
         # They import Ray, which has its environment only now.
         from eunoe.cli.training_progress import TrainingProgress
         from eunoe.decoder.tokenizer import load_tokenizer
-        from eunoe.eviction import Namm
         from eunoe.training.evolution import EvolutionSettings
         from eunoe.training.namm_training import NammTraining, open_workers, train_namm
         from eunoe.training.policy_objective import ObjectiveSettings
@@ -108,7 +109,7 @@ def _namm(
             model_path=model_path,
             cases=training_mix(context, cases, seed=seed, tokenizer=load_tokenizer(model_path)),
             data={"cases": cases, "context": context, "seed": seed, "split": "train"},
-            start=Namm.untrained() if start is None else Namm.load(start),
+            start=begun_with,
             evolved=evolve,
             keeps_normalization=start is not None,
             objective=ObjectiveSettings(share=share, segment_length=segment, reading_weight=reading_weight),
@@ -192,11 +193,15 @@ def _novelty(
     ] = 0.25,
     novelty: Annotated[float, typer.Option(callback=_finite, help="What novelty counts in the score.")] = 1.0,
     threads: Annotated[int | None, typer.Option(min=1, help="Of the model; default: all.")] = None,
+    json_output: JsonOption = False,
 ) -> None:
     """Learn what marks the tokens that questions will need; the result is a NAMM to start `eunoe train namm` from.
 
     By logistic regression on keys and values of contexts whose needed tokens are known: minutes, without Ray.
     """
+    # Before the minutes, not after them.
+    if out.is_dir() or not out.parent.is_dir():
+        raise typer.BadParameter(f"--out {out} is no file in a directory that is there")
     from rich.console import Console
     from rich.progress import track
 
@@ -213,7 +218,10 @@ def _novelty(
     shown = track(drawn, "reading contexts", console=console, transient=True, disable=not console.is_terminal)
     policy = train_novelty(decoder, shown, NoveltyTraining(attention=attention, novelty=novelty))
     policy.save(out)
-    print(f"{policy.name} is in {out}")
+    if json_output:
+        print_json({"name": policy.name, "policy": str(out)})
+    else:
+        print(f"{policy.name} is in {out}")
 
 
 def _print_generation(generation: "Generation") -> None:

@@ -85,21 +85,13 @@ class Evaluation:
         )
 
     @torch.inference_mode()
-    def first_segment(self, case: Case, policy: EvictionPolicy) -> MemoryState:
-        """A case's first segment, not yet evicted from: the same for all policies of equal statistics."""
-        reading = KeepAll(policy.statistics)
-        state = self.decoder.new_state(self.settings(len(case.context), policy), policy)
-        self.decoder.prefill(state, case.context[: self.segment_length], reading)
-        return state
-
-    @torch.inference_mode()
     def score(self, case: Case, policy: EvictionPolicy | None, start: MemoryState | None = None) -> Score:
         """Read a context, then ask.
 
         Args:
             case: Question and answer are shorter than a segment.
             policy: None: nothing is evicted.
-            start: `first_segment` of this case, which is left as it is: half of the reading at two segments.
+            start: A memory that has read the context's first segments and evicted nothing, which is left as it is.
         """
         evicting = policy or KeepAll()
         if start is not None:

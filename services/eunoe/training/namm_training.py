@@ -152,7 +152,7 @@ def _settings(training: NammTraining) -> dict[str, Any]:
     """What makes a run this one and no other."""
     return {
         "model": {"name": training.model_path.name, "sha256": _digest_of_model(training.model_path)},
-        "data": training.data,
+        "data": training.data | {"sha256": _digest_of_cases(training.cases)},
         "start": training.start.name,
         "evolved": training.evolved,
         "keeps_normalization": training.keeps_normalization,
@@ -169,6 +169,11 @@ def _digest_of_model(directory: Path) -> str:
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
+
+
+def _digest_of_cases(cases: Sequence[Case]) -> str:
+    """The same seed makes other cases with another interpreter, tokenizer or book."""
+    return hashlib.sha256("".join(case.digest for case in cases).encode()).hexdigest()
 
 
 def _start(training: NammTraining, pool: Pool, watcher: Watcher) -> Namm:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Self
 
 import ray
-from ray.exceptions import ActorUnavailableError, RayActorError, RayTaskError
+from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
 
 from eunoe.runtime.errors import Unavailable
 
@@ -119,7 +119,7 @@ class WorkerPool:
                 index = worker.call
                 try:
                     value = ray.get(reference)
-                except (RayActorError, ActorUnavailableError) as error:
+                except (RayActorError, OutOfMemoryError) as error:
                     self._lose(worker, error)
                     if index is not None:
                         waiting.insert(0, index)

@@ -51,7 +51,10 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
         (["train", "namm", "--out", "run", "--model", "nonsense", "--sigma", "0"], 2, "--sigma"),
         (["train", "namm", "--out", "run", "--model", "nonsense", "--sigma", "nan"], 2, "--sigma"),
         (["train", "namm", "--out", "run", "--model", "nonsense", "--reading-weight", "inf"], 2, "--reading-weight"),
+        (["train", "namm", "--out", "run", "--model", "nonsense", "--start", "missing"], 2, "missing"),
         (["train", "novelty", "--out", "namm", "--model", "nonsense", "--attention", "nan"], 2, "--attention"),
+        (["train", "novelty", "--out", "missing/namm", "--model", "nonsense"], 2, "--out missing/namm"),
+        (["train", "novelty", "--out", ".", "--model", "nonsense"], 2, "--out ."),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else str(value),
 )

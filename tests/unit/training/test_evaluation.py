@@ -7,7 +7,7 @@ from eunoe.decoder.decoder import Decoder
 from eunoe.decoder.memory_state import MemorySettings
 from eunoe.decoder.tiny import tiny_config
 from eunoe.eviction import POLICIES, EvictionPolicy, Namm, SinksRecent
-from eunoe.training.evaluation import Evaluation, full_cache_bytes, slots_within
+from eunoe.training.evaluation import Evaluation, KeepAll, full_cache_bytes, slots_within
 from eunoe.training.tasks.case import Case
 
 SMOLLM2 = DecoderConfig(
@@ -95,11 +95,11 @@ def test_a_budget_for_all_slots_scores_as_the_full_cache(decoder: Decoder, polic
 
 
 @pytest.mark.parametrize("policy", ALL.values(), ids=ALL)
-def test_a_shared_first_segment_changes_no_score_and_is_left_as_it_is(decoder: Decoder, policy: EvictionPolicy) -> None:
+def test_a_shared_start_changes_no_score_and_is_left_as_it_is(decoder: Decoder, policy: EvictionPolicy) -> None:
     case, evaluation = a_case(some_tokens(4)), an_evaluation(decoder, share=0.3)
     alone = evaluation.score(case, policy)
-
-    start = evaluation.first_segment(case, policy)
+    start = decoder.new_state(evaluation.settings(len(case.context), policy), policy)
+    decoder.prefill(start, case.context[:32], KeepAll(policy.statistics))
 
     assert [evaluation.score(case, policy, start) for _ in range(2)] == [alone, alone]
     assert start.num_slots == 32

@@ -24,6 +24,7 @@ from eunoe.eviction.backward_attention import NUM_PARAMETERS, SLICES
 from eunoe.training.evolution import EvolutionSettings, Generation
 from eunoe.training.namm_training import NammTraining, open_workers, train_namm
 from eunoe.training.policy_objective import ObjectiveSettings, PolicyObjective
+from eunoe.training.run_directory import BadRunDirectory
 from eunoe.training.tasks.training_mix import training_mix
 from eunoe.training.worker_pool import Call
 
@@ -182,6 +183,7 @@ def test_a_run_leaves_a_policy_a_card_and_a_curve(tmp_path: Path, model_path: Pa
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
     card = json.loads((tmp_path / "card.json").read_text())
     assert card["name"] == policy.name
+    assert card["data"].pop("sha256")
     assert card["data"] == {"cases": 6}
     assert card["recipe"]["evolution"] == dataclasses.asdict(training.evolution)
     assert card["cost"]["evaluations"] == 16
@@ -200,6 +202,15 @@ def test_a_given_start_is_the_first_mean_with_its_constants(tmp_path: Path, mode
 
     assert policy.name == given.name
     assert watcher.began_with == ["generation 0"]
+
+
+def test_a_run_does_not_go_on_with_other_cases(tmp_path: Path, model_path: Path) -> None:
+    training = a_training(tmp_path, model_path)
+    train_here(training, 0)
+    others = training_mix(400, 6, seed=1, tokenizer=load_tokenizer(model_path))
+
+    with pytest.raises(BadRunDirectory, match="data.sha256"):
+        train_here(a_training(tmp_path, model_path, cases=others), 0)
 
 
 class RememberingPool(LocalPool):

@@ -6,6 +6,7 @@ from eunoe.training.tasks.case import Case
 from eunoe.training.tasks.haystack import Split, lines
 from eunoe.training.tasks.needle import KINDS
 from eunoe.training.tasks.suite import SUITE, cases, suite
+from eunoe.training.tasks.training_mix import training_mix
 
 NUM_TOKENS = 1024
 SPLITS: tuple[Split, ...] = ("train", "test")
@@ -70,6 +71,26 @@ def test_needles_are_spread_over_the_whole_context(tokenizer: Tokenizer) -> None
 
     assert min(depths) < 0.25
     assert max(depths) > 0.75
+
+
+def test_the_first_cases_of_a_mix_which_validate_have_needles_everywhere(tokenizer: Tokenizer) -> None:
+    for count in (24, 64):
+        mix = training_mix(NUM_TOKENS, count, seed=0, tokenizer=tokenizer)
+
+        depths = [case.needles[0][0] / NUM_TOKENS for case in mix[:8] if case.needles]
+
+        assert len(depths) == 6
+        assert min(depths) < 0.3
+        assert max(depths) > 0.7
+
+
+def test_the_manual_tests_and_never_trains(tokenizer: Tokenizer) -> None:
+    made = suite(NUM_TOKENS, 3, seed=0, split="test", tokenizer=tokenizer, haystacks=["manual"])
+
+    assert {case.haystack for case in made} == {"manual"}
+    assert len(lines("manual", "test")) > 5_000
+    with pytest.raises(ValueError, match="manual is held out"):
+        suite(NUM_TOKENS, 3, seed=0, split="train", tokenizer=tokenizer, haystacks=["manual"])
 
 
 def test_no_template_trains_and_tests() -> None:

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
+from ray.exceptions import OutOfMemoryError
 
 from eunoe.runtime.errors import Unavailable
 from eunoe.training.worker_pool import Call, WorkerPool, choose_call
@@ -70,6 +72,26 @@ def test_the_work_of_a_killed_worker_is_done_again_by_another(tmp_path: Path) ->
 
     assert results == [index**2 for index in range(12)]
     assert num_lost == 1
+
+
+def test_a_worker_that_took_too_much_memory_is_one_that_was_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A machine out of memory is no test's to make: Ray tells of it once."""
+    get, errors = ray.get, [OutOfMemoryError("the machine's memory ran out")]
+
+    def get_or_fail(reference: Any) -> Any:
+        value = get(reference)
+        if value == 49 and errors:
+            raise errors.pop()
+        return value
+
+    with WorkerPool(squares(), (tmp_path,), num_workers=1) as pool:
+        monkeypatch.setattr(ray, "get", get_or_fail)
+        results = pool.map("square", [Call((index,)) for index in range(9)])
+
+        assert results == [index**2 for index in range(9)]
+        assert pool.num_lost == 1
 
 
 def test_a_worker_goes_on_with_its_own_keys_then_takes_new_ones_then_helps() -> None:

@@ -1,5 +1,6 @@
 """One question about one context, as tokens of the model that is asked."""
 
+import hashlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +16,7 @@ class Case:
     Attributes:
         task: Such as "single" or "multi-value".
         kind: What the needle is, such as "digits" or "names"; "" where there is none.
-        haystack: "book" or "code".
+        haystack: "book", "code" or "manual".
         is_held_out: Neither its needle's kind and template nor its piece of haystack is ever trained on.
         context: [n] token ids.
         question: [q] token ids; the answer continues them.
@@ -31,3 +32,11 @@ class Case:
     question: TokenIds
     answer: TokenIds
     needles: tuple[tuple[int, int], ...]
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of everything that is read, asked and expected, in hex."""
+        hashed = hashlib.sha256()
+        for part in (self.context, self.question, self.answer):
+            hashed.update(f"{len(part)} ".encode() + part.tobytes())
+        return hashed.hexdigest()

@@ -1,12 +1,14 @@
-"""What needles are hidden in: a book's verses, and Python sources. What trains a policy never tests it.
+"""What needles are hidden in: a book's verses, Python sources, and a manual. What trains a policy never tests it.
 
 Of the book the first 70% trains and the rest tests. Code that trains is the interpreter's standard library, code that
 tests is a part of torch's: both are there wherever this package runs, and neither has to be shipped. `constraints.txt`
-pins torch exactly, so that cases stay the same from commit to commit.
+pins torch exactly, so that cases stay the same from commit to commit. The manual is Python's language reference, modern
+prose of which nothing trains.
 """
 
 import functools
 import gzip
+import pydoc_data.topics
 import sysconfig
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,7 +19,7 @@ import torch
 import eunoe
 
 Split = Literal["train", "test"]
-HaystackName = Literal["book", "code"]
+HaystackName = Literal["book", "code", "manual"]
 
 _BOOK = Path(eunoe.__path__[0]).parents[1] / "examples" / "kjv.txt.gz"
 _TRAINING_SHARE = 0.7
@@ -31,15 +33,24 @@ def lines(name: HaystackName, split: Split) -> tuple[str, ...]:
 
     Raises:
         FileNotFoundError: If the book is not there: it comes with the source tree.
-        ValueError: If there is no such haystack.
+        ValueError: If there is no such haystack, or nothing of it trains.
     """
+    if name == "manual":
+        if split == "train":
+            raise ValueError("the manual is held out: it has nothing to train")
+        return tuple(line for _, topic in sorted(pydoc_data.topics.topics.items()) for line in _texts(topic))
     if name == "code":
         return _training_code() if split == "train" else _testing_code()
     if name != "book":
-        raise ValueError(f"haystack {name!r} is neither book nor code")
+        raise ValueError(f"haystack {name!r} is neither book, code nor manual")
     verses = gzip.decompress(_BOOK.read_bytes()).decode().splitlines(keepends=True)
     cut = int(_TRAINING_SHARE * len(verses))
     return tuple(verses[:cut] if split == "train" else verses[cut:])
+
+
+def _texts(topic: str) -> list[str]:
+    """Its lines without the empty ones."""
+    return [line for line in topic.splitlines(keepends=True) if line.strip()]
 
 
 def _training_code() -> tuple[str, ...]:

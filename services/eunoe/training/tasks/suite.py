@@ -4,7 +4,7 @@ Nothing that is read before it tells the question.
 """
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +16,8 @@ from eunoe.training.tasks.hiding import hide
 from eunoe.training.tasks.needle import KINDS, NeedleKind, Template
 
 # A needle in code is a comment.
-_PREFIXES: dict[HaystackName, str] = {"book": "", "code": "# "}
+_PREFIXES: dict[HaystackName, str] = {"book": "", "code": "# ", "manual": ""}
+_HAYSTACKS: tuple[HaystackName, ...] = ("book", "code")
 
 SUITE: tuple[tuple[str, str], ...] = (
     ("single", "digits"),
@@ -35,7 +36,15 @@ SUITE: tuple[tuple[str, str], ...] = (
 """Every (task, kind). RULER's variable tracking is not among them: with its full cache a 135M model tracks none."""
 
 
-def suite(num_tokens: int, num_cases: int, *, seed: int, split: Split, tokenizer: Tokenizer) -> list[Case]:
+def suite(
+    num_tokens: int,
+    num_cases: int,
+    *,
+    seed: int,
+    split: Split,
+    tokenizer: Tokenizer,
+    haystacks: Sequence[HaystackName] = _HAYSTACKS,
+) -> list[Case]:
     """Cases of every task and kind that the split has, in turns; arguments as of `cases`."""
     cells = [(task, kind) for task, kind in SUITE if KINDS[kind].templates(split)]
     made = [
@@ -47,6 +56,7 @@ def suite(num_tokens: int, num_cases: int, *, seed: int, split: Split, tokenizer
             seed=seed,
             split=split,
             tokenizer=tokenizer,
+            haystacks=haystacks,
         )
         for index, (task, kind) in enumerate(cells)
     ]
@@ -54,9 +64,17 @@ def suite(num_tokens: int, num_cases: int, *, seed: int, split: Split, tokenizer
 
 
 def cases(
-    task: str, kind: str, num_tokens: int, count: int, *, seed: int, split: Split, tokenizer: Tokenizer
+    task: str,
+    kind: str,
+    num_tokens: int,
+    count: int,
+    *,
+    seed: int,
+    split: Split,
+    tokenizer: Tokenizer,
+    haystacks: Sequence[HaystackName] = _HAYSTACKS,
 ) -> list[Case]:
-    """Cases of one task, in book and code by turns, with the needle that is asked for at evenly spread depths.
+    """Cases of one task, in the haystacks by turns, with the needle that is asked for at evenly spread depths.
 
     Args:
         task: Of `TASKS`.
@@ -66,20 +84,22 @@ def cases(
         seed: Equal arguments make equal cases, on one version of the interpreter and of torch.
         split: Nothing that `train` has is in `test`: neither template nor piece of haystack.
         tokenizer: Of the model that will be asked.
+        haystacks: One or more.
 
     Raises:
-        ValueError: If there is no such task or kind, the split has none of that kind, or the context has no room.
+        ValueError: If there is no such task or kind, the split has none of that kind or of a haystack, or the context
+            has no room.
     """
     if task not in TASKS or kind not in KINDS:
         raise ValueError(f"there is no task {task!r} with needles of the kind {kind!r}")
     if not KINDS[kind].templates(split):
         raise ValueError(f"the kind {kind!r} is held out: it has nothing to {split}")
     generator = random.Random(f"{task}/{kind}/{num_tokens}/{seed}/{split}")
-    haystacks: list[HaystackName] = ["book", "code"]
-    generator.shuffle(haystacks)
+    order = list(haystacks)
+    generator.shuffle(order)
     made = []
     for index in range(count):
-        haystack = haystacks[index % 2]
+        haystack = order[index % len(order)]
         asked = TASKS[task](generator, KINDS[kind], generator.choice(KINDS[kind].templates(split)))
         context, spans = hide(
             [f"{_PREFIXES[haystack]}{sentence}\n" for sentence in asked.sentences],
