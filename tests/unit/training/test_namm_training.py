@@ -209,7 +209,7 @@ def test_a_run_does_not_go_on_with_other_cases(tmp_path: Path, model_path: Path)
     train_here(training, 0)
     others = training_mix(400, 6, seed=1, tokenizer=load_tokenizer(model_path))
 
-    with pytest.raises(BadRunDirectory, match="data.sha256"):
+    with pytest.raises(BadRunDirectory, match=r"data\.sha256"):
         train_here(a_training(tmp_path, model_path, cases=others), 0)
 
 
