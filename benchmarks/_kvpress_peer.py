@@ -2,7 +2,7 @@
 
 It runs as a script there and imports nothing of ours. It reads one JSON object {"model", "dtype", "threads", "jobs":
 [{"case", "context", "question", "answer", "presses": [[press, share]], "is_checked"}]} from stdin, and for each press
-of each job prints one line {"policy", "share", "case", "is_exact", "log_likelihood", "num_slots"}.
+of each job prints one line {"press", "share", "case", "is_exact", "log_likelihood", "num_slots"}.
 
 A press changes a layer's cache only after the attention of that layer, and nothing of the context comes later: whatever
 the press, the prefill is that of the full cache. So a case is read once, and each press compresses a copy. Question and
@@ -10,7 +10,6 @@ answer have the positions behind the context, as in kvpress' pipeline. `is_check
 once more in kvpress' own way, and ends the run if anything differs.
 """
 
-import importlib.metadata
 import json
 import sys
 from collections.abc import Iterator
@@ -177,7 +176,7 @@ def answered(model: PreTrainedModel, memory: Memory, job: dict[str, Any]) -> dic
         logits = model(input_ids=asked, past_key_values=memory.cache, position_ids=positions).logits[0]
     log_probs = logits[len(question) - 1 :].float().log_softmax(dim=-1)
     return {
-        "policy": f"kvpress/{importlib.metadata.version('kvpress')}/{memory.name}",
+        "press": memory.name,
         "share": memory.share,
         "case": job["case"],
         "is_exact": bool((log_probs.argmax(dim=-1) == answer).all()),

@@ -7,7 +7,7 @@ from statistics import mean
 import numpy as np
 from matplotlib.figure import Figure
 
-from eunoe.training.bootstrap import mean_interval
+from eunoe.training.bootstrap import share_interval
 
 
 def plot(path: Path, exact: Mapping[float, Mapping[str, Sequence[float]]], *, full: float) -> None:
@@ -23,7 +23,7 @@ def plot(path: Path, exact: Mapping[float, Mapping[str, Sequence[float]]], *, fu
     for axis, (share, found) in zip(axes[0], exact.items(), strict=True):
         ordered = sorted(found.items(), key=lambda pair: mean(pair[1]))
         means = np.array([mean(values) for _, values in ordered])
-        ends = np.array([mean_interval(list(values)) for _, values in ordered])
+        ends = np.array([share_interval(round(sum(values)), len(values)) for _, values in ordered])
         labels = [label for label, _ in ordered]
         axis.barh(labels, means, xerr=np.abs(ends.T - means), color="#4477aa", ecolor="#222222")
         axis.axvline(full, color="#222222", linestyle="--", label="full cache")

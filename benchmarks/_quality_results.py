@@ -10,7 +10,7 @@ from eunoe.training.evaluation import Score
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """What was scored. A policy's name has all that decides: version, parameters, positions, model."""
+    """What was scored. A policy's name has all that decides: version, parameters, positions, model, dtype."""
 
     policy: str
     share: float

@@ -1,7 +1,8 @@
 """What does a policy's memory still know, at equal bytes? Questions about a book and about code, and perplexity.
 
 A context is read, compressed, and only then asked about; its memory has 25% or 50% of the full cache's bytes, with all
-that a policy keeps of each slot. Every policy answers the same cases, and intervals are bootstrap ones of 95%.
+that a policy keeps of each slot. Every policy answers the same cases. Intervals are of 95%: Wilson's of a share,
+bootstrap ones of a paired difference.
 Held-out cases have templates, whole kinds of needles, verses and sources that training never has; trained ones are new
 draws of what it has. Scores are kept in a file, so that a run can go on and policies be added.
 
@@ -18,6 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean, median
+from typing import get_args
 
 import numpy as np
 from _quality_plot import plot
@@ -31,18 +33,19 @@ from eunoe.eviction import POLICIES, EvictionPolicy, Namm
 from eunoe.eviction.novelty import NovelSpectrogram
 from eunoe.eviction.policy_files import SHIPPED
 from eunoe.eviction.spectrogram import AttentionSpectrogram
-from eunoe.training.bootstrap import difference_interval, mean_interval
+from eunoe.training.bootstrap import difference_interval, share_interval
 from eunoe.training.evaluation import Evaluation, Score
 from eunoe.training.tasks.case import Case
-from eunoe.training.tasks.haystack import lines
+from eunoe.training.tasks.haystack import HaystackName, lines
 from eunoe.training.tasks.suite import suite
 
 OUT = Path(__file__).parents[1] / "out"
 # Ours without parameters, by label.
 OTHERS = {name.partition("/")[0]: policy for name, policy in POLICIES.items()}
 _BASELINE = "sinks-recent"
-# Of kvpress' presses those that need no question, no training and no second reading. PyramidKV is none of them: at 25%
-# of such contexts it is SnapKV, and at 50% its layers differ in length, for which `transformers` has no mask.
+# Of kvpress' presses those that need no question, no training and no second reading, and what it puts around others,
+# around the best of them. PyramidKV is none of them: at 25% of such contexts it is SnapKV, and at 50% its layers differ
+# in length, for which `transformers` has no mask.
 PRESSES = (
     "RandomPress",
     "StreamingLLMPress",
@@ -52,7 +55,13 @@ PRESSES = (
     "CURPress",
     "CapPress",
     "LeverageScorePress",
+    "NonCausalAttnPress",
     "CompactorPress",
+    "AdaKVPress(CompactorPress)",
+    "CriticalKVPress(CompactorPress)",
+    "CriticalAdaKVPress(CompactorPress)",
+    "ChunkKVPress(CompactorPress)",
+    "EntropyGatedChunkKVPress(CompactorPress)",
     "TOVAPress",
     "SnapKVPress",
     "CriticalKVPress(SnapKVPress)",
@@ -81,7 +90,9 @@ def main() -> None:
     report = Report("eviction_quality", as_json=options.json)
     _, directory = resolve_model(DEFAULT_MODEL, on_step=report.say)
     tokenizer, decoder = load_tokenizer(directory), Decoder.load(directory, num_threads=options.threads)
-    suffix = f", {options.positions}, {decoder.model_digest[:12]}"
+    dtype = str(decoder.dtypes.compute).partition(".")[2]
+    of_model = f", {decoder.model_digest[:12]}, {dtype}"
+    suffix = f", {options.positions}{of_model}"
     full = Contender("full cache", f"full-cache{suffix}")
     namms = {path.stem: Namm.load(path) for path in options.policy}
     if options.faithful:
@@ -93,9 +104,11 @@ def main() -> None:
     if options.kvpress_python:
         command = "from importlib.metadata import version; print(version('kvpress'))"
         version = subprocess.check_output([options.kvpress_python, "-c", command], text=True).strip()
-        names = {f"kvpress {press.replace('Press', '')}": f"kvpress/{version}/{press}" for press in options.presses}
-        presses = [Contender(label, name) for label, name in names.items()]
-        their_full = Contender("kvpress full cache", f"kvpress/{version}/full-cache")
+        presses = [
+            Contender(f"kvpress {press.replace('Press', '')}", f"kvpress/{version}/{press}{of_model}")
+            for press in options.presses
+        ]
+        their_full = Contender("kvpress full cache", f"kvpress/{version}/full-cache{of_model}")
 
     cases = {case.digest[:16]: case for case in drawn_cases(options, tokenizer)}
     results = Results(options.results)
@@ -106,7 +119,6 @@ def main() -> None:
     ask_ours(report, results, cases, [full], [1.0], evaluation)
     ask_ours(report, results, cases, ours, options.shares, evaluation)
     if options.kvpress_python:
-        dtype = str(decoder.dtypes.compute).partition(".")[2]
         ask_presses(report, results, cases, their_full, presses, options, directory, dtype)
         compare_full_caches(report, results, cases, full, their_full)
 
@@ -149,6 +161,9 @@ def parsed_options() -> argparse.Namespace:
     parser.add_argument("--shares", type=float, nargs="+", help="of the full cache's bytes (default: 0.25 0.5)")
     parser.add_argument("--cases", type=int, help="held out, a length (default: 60)")
     parser.add_argument("--trained-cases", type=int, help="of trained kinds, a length (default: a third as many)")
+    parser.add_argument(
+        "--haystacks", nargs="+", choices=get_args(HaystackName), default=["book", "code"], help="of held-out cases"
+    )
     parser.add_argument("--positions", choices=("compact", "original"), default="compact", help="as of a stream")
     parser.add_argument("--perplexity-tokens", type=int, help="of the book's end (default: 8192; 0: none)")
     parser.add_argument("--results", type=Path, default=OUT / "eviction_quality.jsonl", help="where scores are kept")
@@ -169,7 +184,9 @@ def drawn_cases(options: argparse.Namespace, tokenizer: Tokenizer) -> list[Case]
     """Of all lengths, held-out ones and trained ones."""
     drawn = []
     for num_tokens in options.lengths:
-        drawn += suite(num_tokens, options.cases, seed=SEED, split="test", tokenizer=tokenizer)
+        drawn += suite(
+            num_tokens, options.cases, seed=SEED, split="test", tokenizer=tokenizer, haystacks=options.haystacks
+        )
         drawn += suite(num_tokens, options.trained_cases, seed=SEED, split="train", tokenizer=tokenizer)
     return drawn
 
@@ -206,11 +223,14 @@ def ask_presses(
     than keys and values, so that it keeps a quarter of the slots at a quarter of the bytes.
     """
     wanted = [(full, 1.0), *((press, share) for share in options.shares for press in presses)]
+    # As kvpress' environment calls them.
+    names = {contender.name.rpartition("/")[2].partition(", ")[0]: contender.name for contender in (full, *presses)}
+    theirs = {name: press for press, name in names.items()}
     jobs = []
     for index, (case_digest, case) in enumerate(cases.items()):
         is_checked = index < options.check_presses
         missing = [
-            (contender.name.rpartition("/")[2], share)
+            (theirs[contender.name], share)
             for contender, share in wanted
             if is_checked or Key(contender.name, share, case_digest) not in results
         ]
@@ -237,7 +257,7 @@ def ask_presses(
         for index, line in enumerate(process.stdout):
             report.progress(f"kvpress: {index + 1} of {sum(len(job['presses']) for job in jobs)}")
             found = json.loads(line)
-            key = Key(found.pop("policy"), found.pop("share"), found.pop("case"))
+            key = Key(names[found.pop("press")], found.pop("share"), found.pop("case"))
             results.add(key, Score(**found))
     if process.returncode:
         raise SystemExit(f"kvpress ended with status {process.returncode}")
@@ -267,7 +287,7 @@ def tabulate(
     for contender in [full, *contenders]:
         at = share if contender is not full else 1.0
         exact = results.exact(contender.name, at, held_out)
-        low, high = mean_interval(exact)
+        low, high = share_interval(round(sum(exact)), len(exact))
         likelihood = mean(results.log_likelihoods(contender.name, at, held_out))
         label = contender.label.replace(" ", "_")
         report.add(f"exact_{percent}_{label}", mean(exact), f"[{low:.3f}, {high:.3f}], {likelihood:.2f} nats an answer")

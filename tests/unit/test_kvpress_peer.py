@@ -22,6 +22,7 @@ PRESSES = (
     "RandomPress@1",
     "AdaKVPress(ExpectedAttentionPress)",
     "CriticalKVPress(KnormPress)",
+    "EntropyGatedChunkKVPress(CompactorPress)",
     "ObservedAttentionPress",
 )
 
@@ -41,6 +42,6 @@ def test_presses_of_one_prefill_leave_and_answer_what_each_does_alone(tmp_path: 
 
     assert peer.returncode == 0, peer.stderr
     lines = [json.loads(line) for line in peer.stdout.splitlines()]
-    assert [line["policy"].rpartition("/")[2] for line in lines] == list(PRESSES)
-    assert [line["num_slots"] for line in lines] == [200, 50, 50, 50, 50, 50, 50, 50]
+    assert [line["press"] for line in lines] == list(PRESSES)
+    assert [line["num_slots"] for line in lines] == [200, 50, 50, 50, 50, 50, 50, 50, 50]
     assert lines[3]["log_likelihood"] != lines[4]["log_likelihood"]
