@@ -120,8 +120,11 @@ def _parsed(path: Path) -> dict[str, Any]:
     try:
         values = tomllib.loads(path.read_text())
     except FileNotFoundError:
-        return {}
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        # Gone by itself, and not with its directory or with what it is a link to.
+        if path.parent.is_dir() and not path.is_symlink():
+            return {}
+        raise ValueError(f"{path} is out of reach") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is no TOML that can be read: {error}") from None
     if unknown := values.keys() - {"default", "rules"}:
         raise ValueError(f"{path}: {sorted(unknown)[0]!r} is neither default nor rules")

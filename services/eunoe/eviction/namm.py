@@ -37,12 +37,17 @@ _MAX_AGE = 32768
 NUM_AGE_FEATURES = NUM_FEATURES - NUM_BINS
 _NUM_WAVES = NUM_AGE_FEATURES // 2
 _LEAST_BIN = 1e-6
+# A trained network's largest are near 10. Up to this no score overflows: features are at most 1e11 (a mean of 1e4 over
+# the least deviation, 1e-7), queries, keys and values 3e16, their products 2e34, and scores 2e38.
+_MAX_PARAMETER = 1e4
 # No score is near it, and torch compares with no integer that is much above it.
 _MAX_THRESHOLD = 1e18
 
 # The one entry of the file's metadata, {"version", settings} as JSON: of several, safetensors shuffles the order.
 _FILE_METADATA = "eunoe-namm"
 _FILE_VERSION = 1
+# A model's weights, put into the wrong directory, would be read whole.
+_MAX_FILE_BYTES = 1 << 20
 _FILE_SHAPES: dict[str, tuple[int, ...]] = {
     "parameters": (NUM_PARAMETERS,),
     "normalization_mean": (NUM_BINS,),
@@ -97,8 +102,9 @@ class Namm:
     num_recent_tokens: int = 64
     """Newest slots that are never evicted, but at most half of the budget."""
     threshold: float | None = None
-    """Slots below it leave even within the budget, down to the number that the greediest head of all layers has at or
-    above it. With 0, one recent token, no sinks and no bound that is the published rule, there for each layer alone."""
+    """Slots below it leave too when an eviction is due, down to the number that the greediest head of all layers has at
+    or above it. With 0, one recent token and no sinks that is the published rule, there at every boundary and for each
+    layer alone."""
     num_spare_slots: int = 0
     """Slots evicted beyond the budget: with a segment's length here only every second segment is scored."""
 
@@ -135,6 +141,8 @@ class Namm:
             UnknownVersion: If a later release wrote it.
             OSError: If it cannot be read.
         """
+        if (num_bytes := os.stat(path).st_size) > _MAX_FILE_BYTES:
+            raise BadNammFile(f"{path} has {num_bytes:,} bytes, a NAMM has tens of thousands")
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
@@ -144,7 +152,7 @@ class Namm:
         try:
             settings = json.loads(metadata[_FILE_METADATA])
             version = int(settings.pop("version"))
-        except (KeyError, TypeError, AttributeError, ValueError, OverflowError):
+        except (KeyError, TypeError, AttributeError, ValueError, OverflowError, RecursionError):
             raise BadNammFile(f"{path} holds no NAMM: its metadata does not say so") from None
         if version != _FILE_VERSION:
             raise UnknownVersion(f"{path} is a NAMM of version {version}", found=version, known=_FILE_VERSION)
@@ -154,8 +162,8 @@ class Namm:
         for name, shape in shapes.items():
             if name not in tensors or tensors[name].shape != shape or tensors[name].dtype != torch.float32:
                 raise BadNammFile(f"{path}: {name} is not float32 {shape}")
-            if not tensors[name].isfinite().all():
-                raise BadNammFile(f"{path}: {name} has values that are no numbers")
+            if not (tensors[name].abs() <= _MAX_PARAMETER).all():
+                raise BadNammFile(f"{path}: {name} has values that are no numbers up to {_MAX_PARAMETER:,.0f}")
         if (tensors["normalization_variance"] < 0).any():
             raise BadNammFile(f"{path}: normalization_variance is negative")
         for name, types in _FILE_TYPES.items():

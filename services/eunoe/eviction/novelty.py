@@ -26,6 +26,7 @@ _NUM_GROUPS = 6
 _REACHES = (2, 8, 20)
 NUM_NUMBERS = 2 * 2 * _NUM_GROUPS * len(_REACHES)
 _NUM_BYTES = 2
+_LEAST_SCALE = 1e-7
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,8 +43,9 @@ class Novelty:
                 raise ValueError(f"weights of novelty {tuple(part.shape)} are not float32 ({NUM_NUMBERS},)")
             if not part.isfinite().all():
                 raise ValueError("weights of novelty have values that are no numbers")
-        if not (self.scale > 0).all():
-            raise ValueError("a scale of novelty is not above 0")
+        # Numbers are below 100, so that nothing overflows.
+        if not (self.scale >= _LEAST_SCALE).all():
+            raise ValueError(f"a scale of novelty is below {_LEAST_SCALE}")
 
     @cached_property
     def digest(self) -> str:

@@ -6,6 +6,7 @@ in the files of a directory.
 """
 
 import logging
+import os
 from collections import ChainMap
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,25 +24,32 @@ SHIPPED = Path(__file__).parents[1] / "checkpoints"
 class PolicyFiles:
     """Policies by name. Safe to use from any thread.
 
-    A file that cannot be read is logged and passed over. A policy that was loaded once stays for those who name it by
-    its digest, whatever becomes of its file.
+    A file that cannot be read is logged and passed over; while the directory cannot be listed, all stays as it was. A
+    policy that was loaded once stays for those who name it by its digest, whatever becomes of its file.
 
     Args:
         directory: None has no files. One of a shipped policy's stem takes its place.
 
     Attributes:
         broken: Why files could not be read, by their names.
+
+    Raises:
+        ValueError: If the directory cannot be read.
     """
 
     def __init__(self, directory: Path | None) -> None:
         self.directory = directory
         self.broken: Mapping[str, str] = {}
         self._signature: _Signature | None = None
+        self._problem: str | None = None
         shipped = sorted(SHIPPED.glob("*.safetensors"))
         self._shipped: dict[str, EvictionPolicy] = {path.stem: Namm.load(path) for path in shipped}
         self._by_stem: Mapping[str, EvictionPolicy] = {}
         self._by_name: Mapping[str, EvictionPolicy] = {policy.name: policy for policy in self._shipped.values()}
-        self.refresh()
+        try:
+            self._refresh()
+        except OSError as error:
+            raise ValueError(f"policies cannot be read: {error}") from None
 
     @property
     def by_name(self) -> Mapping[str, EvictionPolicy]:
@@ -67,9 +75,17 @@ class PolicyFiles:
     def refresh(self) -> bool:
         """Read the files again if something in the directory has changed or was broken; whether anything is new."""
         try:
-            signature = _signature(self.directory)
-        except OSError:
-            return False  # In the middle of a change.
+            is_new = self._refresh()
+        except OSError as error:
+            if str(error) != self._problem:
+                logger.error("policies stay as they are: the directory cannot be read", extra={"problem": str(error)})
+            self._problem = str(error)
+            return False
+        self._problem = None
+        return is_new
+
+    def _refresh(self) -> bool:
+        signature = _signature(self.directory)
         # What cannot be read may be readable by now and look the same: permissions change no time of a file.
         is_same = signature == self._signature
         if is_same and not self.broken:
@@ -92,8 +108,20 @@ class PolicyFiles:
 
 
 def _signature(directory: Path | None) -> _Signature:
-    """What changes whenever a file does."""
+    """What changes whenever a file does.
+
+    Raises:
+        OSError: If there is no such directory, or it cannot be listed.
+    """
     if directory is None:
         return ()
-    paths = sorted(path for path in directory.glob("*") if path.suffix in (".safetensors", ".toml"))
-    return tuple((path.name, stat.st_mtime_ns, stat.st_size, stat.st_ino) for path in paths for stat in [path.stat()])
+    with os.scandir(directory) as entries:
+        return tuple(sorted(_mark(entry) for entry in entries if entry.name.endswith((".safetensors", ".toml"))))
+
+
+def _mark(entry: os.DirEntry[str]) -> tuple[str, int, int, int]:
+    try:
+        stat = entry.stat()
+    except OSError:
+        return entry.name, 0, 0, 0  # A link to nothing, say: reading it will tell.
+    return entry.name, stat.st_mtime_ns, stat.st_size, stat.st_ino

@@ -28,7 +28,8 @@ def protect(scores_LHS: torch.Tensor, window: WindowShape, budget: int, num_rece
     """
     num_sinks = min(window.num_sink_tokens, window.num_slots)
     num_recent = min(max(1, min(num_recent_tokens, budget // 2)), budget - num_sinks)
-    scores_LHS = scores_LHS.clone()
+    # No score, however high, is above them.
+    scores_LHS = scores_LHS.clamp(max=torch.finfo(scores_LHS.dtype).max)
     # Sinks are never evicted, so they stand in the first slots for ever.
     scores_LHS[..., :num_sinks] = torch.inf
     scores_LHS[..., max(num_sinks, window.num_slots - num_recent) :] = torch.inf

@@ -69,7 +69,7 @@ class AttentionSpectrogram:
         if self.num_observed_queries is not None:
             # Sixteen queries more, as the first half of the first frame; a pass too short for that begins with zeros.
             num_rows = min(num_rows, self.num_observed_queries + HOP)
-            if num_rows == num_frames * HOP:
+            if num_rows < self.num_observed_queries + HOP:
                 tail_HSW = mean_HNF.new_zeros(len(mean_HNF), num_slots, HOP)
         query_HGRD = query_HGTD[:, :, key_HTD.shape[1] - num_rows :]
         seen_HNF, tail_HNW = attention_spectrogram(query_HGRD, key_HTD, past_key_HSD, tail_HSW)

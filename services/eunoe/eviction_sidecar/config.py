@@ -21,7 +21,7 @@ class EvictionSidecarConfig:
     audit_file_bytes: int = 64 << 20
     """Then it is renamed to .1, the one before it to .2, and so on."""
     num_audit_files: int = 8
-    """With the one that is written."""
+    """With the one that is written; from 2 on, since a single one would never be cut off."""
     reload_seconds: float = 1.0
     """Between two looks at the policies' directory."""
     ready_file: Path | None = None
@@ -31,8 +31,8 @@ class EvictionSidecarConfig:
     def __post_init__(self) -> None:
         if not self.listen_address.startswith("unix:"):
             raise ValueError(f"listen_address={self.listen_address!r} is no unix:path")
-        if self.reload_seconds <= 0 or self.num_audit_files < 1:
-            raise ValueError("reload_seconds must be positive, and num_audit_files at least 1")
+        if self.reload_seconds <= 0 or self.audit_file_bytes <= 0 or self.num_audit_files < 2:
+            raise ValueError("reload_seconds and audit_file_bytes must be above 0, and num_audit_files at least 2")
 
     @property
     def socket_path(self) -> Path:

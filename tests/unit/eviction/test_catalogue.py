@@ -106,6 +106,7 @@ def test_the_first_rule_that_matches_counts(tmp_path: Path) -> None:
             "rules.toml: rule 2: streams: .* is no string",
         ),
         ('[[rules]]\nstreams = "*"\npolicy = "namm"\nshadow = 2026-11-26', "rules.toml: rule 1: shadow: "),
+        (f"default = {'[' * 100_000}", "no TOML that can be read"),
     ],
 )
 def test_rules_that_cannot_be_followed_are_refused_and_the_former_stay(
@@ -136,6 +137,57 @@ def test_files_are_read_anew_when_they_change_and_policies_that_were_here_can_be
     assert catalogue.refresh()
     assert chosen(catalogue, "any") == (a_namm(0.2).name, None)
     assert catalogue.files.by_name[a_namm(0.1).name].name == a_namm(0.1).name
+
+
+def test_while_the_directory_is_away_everything_stays(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    directory = tmp_path / "policies"
+    directory.mkdir()
+    a_namm(0.1).save(directory / "namm.safetensors")
+    write(directory / "rules.toml", '[[rules]]\nstreams = "any"\npolicy = "namm"')
+    catalogue = catalogue_of(directory, SINKS_RECENT)
+
+    directory.rename(tmp_path / "elsewhere")
+    has_changed = [catalogue.refresh() for _ in range(3)]
+
+    assert has_changed == [False] * 3
+    assert chosen(catalogue, "any") == (a_namm(0.1).name, None)
+    assert len(caplog.records) == 1
+    (tmp_path / "elsewhere").rename(directory)
+    write(directory / "rules.toml", 'default = "key-norm/1"')
+    assert catalogue.refresh()
+    assert chosen(catalogue, "any") == ("key-norm/1", None)
+
+
+def test_a_directory_that_is_not_there_at_the_start_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"policies cannot be read: .*missing"):
+        PolicyFiles(tmp_path / "missing")
+
+
+def test_a_link_to_nothing_is_a_broken_file_and_hides_no_other(tmp_path: Path) -> None:
+    files = PolicyFiles(tmp_path)
+
+    (tmp_path / "gone.safetensors").symlink_to(tmp_path / "nothing")
+    a_namm(0.1).save(tmp_path / "namm.safetensors")
+
+    assert files.refresh()
+    assert list(files.broken) == ["gone.safetensors"]
+    assert files.named("namm").name == a_namm(0.1).name
+
+
+@pytest.mark.parametrize("has_link", [True, False])
+def test_rules_that_a_link_no_longer_leads_to_stay_and_removed_ones_go(tmp_path: Path, has_link: bool) -> None:
+    directory = tmp_path / "policies"
+    directory.mkdir()
+    target = tmp_path / "target.toml" if has_link else directory / "rules.toml"
+    write(target, 'default = "key-norm/1"')
+    if has_link:
+        (directory / "rules.toml").symlink_to(target)
+    catalogue = catalogue_of(directory, SINKS_RECENT)
+
+    target.unlink()
+
+    assert catalogue.refresh() == (not has_link)
+    assert chosen(catalogue, "any") == ("key-norm/1" if has_link else SINKS_RECENT, None)
 
 
 def test_a_broken_file_changes_nothing_until_it_is_mended(tmp_path: Path) -> None:

@@ -111,6 +111,23 @@ def test_few_observed_queries_are_the_newest_with_their_weights() -> None:
     torch.testing.assert_close(few.unpack(seen)[0], silent.unpack(expected)[0], atol=1e-7, rtol=1e-5)
 
 
+@pytest.mark.parametrize("num_tokens", [64, 80, 96, 112])
+def test_of_few_observed_queries_the_last_ones_count_however_long_the_pass(num_tokens: int) -> None:
+    query, key = 3 * random(1, 2, 112, 16), random(1, 112, 16)
+    few, all_of_them = AttentionSpectrogram(64, is_packed=False), AttentionSpectrogram(is_packed=False)
+    seen, expected = (torch.zeros(1, 112, each.num_bytes, dtype=torch.uint8) for each in (few, all_of_them))
+    start = 112 - num_tokens
+
+    few.observe(seen, query[:, :, start:], key[:, start:], key[:, :start])
+    # The half frame before the 64 queries is theirs too, where the pass has it.
+    half = min(16, num_tokens - 64)
+    all_of_them.observe(expected[:, :48], query[:, :, 48 - half : 48], key[:, 48 - half : 48], key[:, : 48 - half])
+    all_of_them.unpack(expected)[0].zero_()
+    all_of_them.observe(expected, query[:, :, 48:], key[:, 48:], key[:, :48])
+
+    torch.testing.assert_close(few.unpack(seen)[0], all_of_them.unpack(expected)[0], atol=1e-7, rtol=1e-5)
+
+
 def test_a_pass_shorter_than_a_frame_is_not_seen(decoder: Decoder) -> None:
     policy = a_namm()
     state = decoder.new_state(SETTINGS, policy)

@@ -85,10 +85,12 @@ def test_equal_policies_are_equal_files(tmp_path: Path) -> None:
         ({"metadata": "{}"}, "holds no NAMM"),
         ({"version": "one"}, "holds no NAMM"),
         ({"version": math.inf}, "holds no NAMM"),
+        ({"metadata": "[" * 100_000}, "holds no NAMM"),
         ({"tensors": {"parameters": None}}, "parameters is not float32"),
         ({"tensors": {"parameters": torch.zeros(2026)}}, "parameters is not float32"),
         ({"tensors": {"normalization_mean": torch.zeros(17).double()}}, "normalization_mean is not float32"),
         ({"tensors": {"parameters": torch.full((NUM_PARAMETERS,), torch.nan)}}, "no numbers"),
+        ({"tensors": {"parameters": torch.full((NUM_PARAMETERS,), -1.1e4)}}, "no numbers up to 10,000"),
         ({"tensors": {"normalization_variance": -torch.ones(17)}}, "negative"),
         ({"metadata": '{"version": 1}'}, "attention"),
         ({"attention": "?"}, "neither dense nor blocks"),
@@ -110,7 +112,7 @@ def test_equal_policies_are_equal_files(tmp_path: Path) -> None:
         ({"threshold": "0.5"}, "threshold='0.5'"),
         ({"threshold": True}, "threshold=True"),
         ({"tensors": WITH_NOVELTY}, "is_packed=False"),
-        ({"tensors": WITH_NOVELTY | {"novelty_scale": torch.zeros(NUM_NUMBERS)}, "is_packed": True}, "above 0"),
+        ({"tensors": WITH_NOVELTY | {"novelty_scale": torch.zeros(NUM_NUMBERS)}, "is_packed": True}, "below 1e-07"),
         ({"more": 1}, "more"),
     ],
     ids=lambda value: value if isinstance(value, str) else ", ".join(value),
@@ -139,6 +141,16 @@ def test_what_is_no_safetensors_file_is_refused(tmp_path: Path, content: bytes) 
 
     with pytest.raises(BadNammFile, match="no safetensors file"):
         Namm.load(tmp_path / "namm")
+
+
+def test_a_file_of_a_models_size_is_refused_unread(tmp_path: Path) -> None:
+    header = json.dumps({"weight": {"dtype": "F32", "shape": [1 << 38], "data_offsets": [0, 1 << 40]}}).encode()
+    with (tmp_path / "model").open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + (1 << 40))
+
+    with pytest.raises(BadNammFile, match="bytes, a NAMM has tens of thousands"):
+        Namm.load(tmp_path / "model")
 
 
 def test_somebody_elses_safetensors_are_refused(tmp_path: Path) -> None:

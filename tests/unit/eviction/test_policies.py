@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from eunoe.eviction import DEFAULT_POLICY, POLICIES, EvictionPolicy, Namm
+from eunoe.eviction import DEFAULT_POLICY, POLICIES, EvictionPolicy, Namm, ScoringPolicy
 from eunoe.eviction.backward_attention import BackwardAttention, num_parameters
 from eunoe.eviction.namm import Normalization
 from eunoe.eviction.novelty import NUM_NUMBERS, NovelSpectrogram, Novelty
@@ -61,6 +61,17 @@ def test_sinks_and_the_newest_slot_stay(
 
     assert (kept[..., :4] == torch.arange(4)).all()
     assert (kept[..., -1] == num_slots - 1).all()
+
+
+def test_sinks_and_the_newest_slot_stay_among_infinite_scores(a_window: MakeWindow, policy: EvictionPolicy) -> None:
+    if not isinstance(policy, ScoringPolicy):
+        pytest.skip("it has no scores")
+    window = a_window(policy, 200)
+
+    kept = policy.keep_scored(torch.full((2, 3, 200), torch.inf), window, 100)
+
+    assert (kept[..., :4] == torch.arange(4)).all()
+    assert (kept[..., -1] == 199).all()
 
 
 def test_a_recent_window_stays_but_at_most_half_of_the_budget(a_window: MakeWindow, policy: EvictionPolicy) -> None:
