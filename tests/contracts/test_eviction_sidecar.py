@@ -11,13 +11,14 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from queue import Queue
 
 import grpc
 import pytest
 import torch
 
 from eunoe.clients.eviction_sidecar import EvictionSidecarClient
-from eunoe.eviction import POLICIES, HeavyHitter, Namm, ScoringPolicy, SnapKV
+from eunoe.eviction import POLICIES, HeavyHitter, Namm, ScoringPolicy, SnapKV, tensor_payload
 from eunoe.eviction.backward_attention import NUM_PARAMETERS, BackwardAttention
 from eunoe.eviction.namm import Normalization
 from eunoe.eviction.policy import score, scoring_numerics
@@ -27,7 +28,7 @@ from eunoe.eviction_sidecar.sidecar import running_sidecar
 from eunoe.internal.v1 import eviction_sidecar_pb2 as pb
 from eunoe.internal.v1 import eviction_sidecar_pb2_grpc
 from eunoe.runtime.config import to_env
-from eunoe.runtime.errors import EunoeError, InvalidRequest, PolicyNotFound, Unavailable, from_rpc_error
+from eunoe.runtime.errors import EunoeError, InvalidRequest, Overloaded, PolicyNotFound, Unavailable, from_rpc_error
 from eunoe.runtime.grpc_channel import open_channel
 from eunoe.runtime.payload_files import PayloadWriter
 
@@ -214,6 +215,32 @@ async def test_a_shadow_is_compared_with_what_was_kept(sidecar: Sidecar) -> None
     assert await compared(torch.arange(50).expand(2, 3, 50)) == (300, int((kept < 50).sum()))
     with pytest.raises(grpc.aio.AioRpcError, match="are not of features"):
         await compared(torch.full((2, 3, 50), 100))
+
+
+async def test_whoever_has_policies_compared_is_told_that_it_failed(sidecar: Sidecar) -> None:
+    client, problems = EvictionSidecarClient(sidecar.config.listen_address, deadline_seconds=20.0), Queue[str]()
+    large = pb.ComparePoliciesRequest(kept=pb.Tensor(data=bytes(5 << 20)))
+
+    for request in (large, pb.ComparePoliciesRequest(shadow_policy="key-norm/9")):
+        client.compare_policies(request, on_lost=problems.put)
+
+    told = [await asyncio.to_thread(problems.get, timeout=20.0) for _ in range(2)]
+    client.close()
+    assert any("larger than max" in problem for problem in told)
+    assert any("no policy 'key-norm/9'" in problem for problem in told)
+
+
+async def test_scores_that_find_no_room_are_an_overload(sidecar: Sidecar, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tensor_payload, "INLINE_BYTES", 0)
+    writer = PayloadWriter(sidecar.payloads, "worker")
+    request = pb.ScoreSlotsRequest(policy="key-norm/1", features=to_message(features(1, 100), writer))
+    # Where the scores' file would be written.
+    (sidecar.payloads / f"{writer.name}-scores.payload").mkdir()
+
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await sidecar.stub.ScoreSlots(request)
+
+    assert isinstance(from_rpc_error(caught.value), Overloaded)
 
 
 async def test_evictions_are_lines_of_files_that_are_rotated(sidecar: Sidecar) -> None:

@@ -57,9 +57,12 @@ class EvictionSidecarClient:
         """Whether the answer of the last comparison is still to come."""
         return self._comparison is not None and not self._comparison.done()
 
-    def compare_policies(self, request: pb.ComparePoliciesRequest) -> None:
-        """Have policies compared, some time; whatever becomes of it."""
+    def compare_policies(self, request: pb.ComparePoliciesRequest, on_lost: Callable[[str], None]) -> None:
+        """Have policies compared, some time; any thread calls `on_lost` with the reason if they cannot be."""
         self._comparison = self._stub.ComparePolicies.future(request, timeout=_RECORD_SECONDS)
+        self._comparison.add_done_callback(
+            lambda call: None if call.code() is grpc.StatusCode.OK else on_lost(call.details())
+        )
 
     def record_eviction(self, request: pb.RecordEvictionRequest, on_lost: Callable[[], None]) -> None:
         """Have an eviction recorded as soon as the sidecar is there; any thread calls `on_lost` if it cannot be."""

@@ -18,6 +18,9 @@ from eunoe_kernels.kv_compaction import compact
 
 Positions = Literal["original", "compact"]
 
+MAX_TOKENS = 1 << 31
+"""Of a stream: its tokens' positions are 32 bits wide, with a sign."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MemorySettings:
@@ -218,6 +221,7 @@ class MemoryState:
         """
         num_new = len(token_ids)
         end = self.num_slots + num_new
+        assert self.num_tokens + num_new <= MAX_TOKENS
         assert end <= self.settings.capacity, f"{end} slots in slabs of {self.settings.capacity}"
         new_positions = torch.arange(self.num_tokens, self.num_tokens + num_new, dtype=torch.int32)
         self.positions[:, :, self.num_slots : end] = new_positions

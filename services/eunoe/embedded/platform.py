@@ -182,8 +182,9 @@ class Platform:
         self.record.state_store_address = _address_in(ready_file)
 
         policies_dir, payload_dir = self.home / "policies", _payload_dir(self.record)
-        for directory in (policies_dir, payload_dir):
-            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        policies_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        # Its name could be seen before: one that is there already is somebody else's.
+        payload_dir.mkdir(mode=0o700)
         sidecar_ready_file = temp_dir / "eviction_sidecar.json"
         policy = self._policy or default_policy(model_name)
         sidecar_config = EvictionSidecarConfig(

@@ -16,7 +16,7 @@ from eunoe.eviction.policy_files import PolicyFiles
 from eunoe.eviction.tensor_payload import from_message, scores_digest, to_message
 from eunoe.eviction_sidecar import metrics
 from eunoe.internal.v1 import eviction_sidecar_pb2 as pb
-from eunoe.runtime.errors import InvalidRequest, PolicyNotFound
+from eunoe.runtime.errors import InvalidRequest, Overloaded, PolicyNotFound
 from eunoe.runtime.payload_files import PayloadWriter
 
 T = TypeVar("T")
@@ -48,6 +48,7 @@ class Scoring:
         Raises:
             PolicyNotFound: If the policy is not there.
             ValueError: If the features are not what was meant.
+            Overloaded: If there is no room for the scores' file.
         """
         return await self._in_turn(lambda: self._score(request))
 
@@ -80,7 +81,11 @@ class Scoring:
             # A worker waits for one answer at a time, so it needs one file.
             writer = PayloadWriter(self._payload_dir, f"{request.features.file.name}-scores")
         digest = scores_digest(policy.name, feature_LHSI, scores_LHS)
-        return pb.ScoreSlotsResponse(scores=to_message(scores_LHS, writer), numerics=scoring_numerics(), digest=digest)
+        try:
+            scores = to_message(scores_LHS, writer)
+        except OSError as error:
+            raise Overloaded(f"scores cannot be written: {error}", retry_after_seconds=1.0) from None
+        return pb.ScoreSlotsResponse(scores=scores, numerics=scoring_numerics(), digest=digest)
 
     def _compare(self, request: pb.ComparePoliciesRequest) -> pb.ComparePoliciesResponse:
         shadow = self._policy(request.shadow_policy)

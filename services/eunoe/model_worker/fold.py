@@ -20,12 +20,13 @@ from eunoe.api.v1 import long_context_pb2 as api
 from eunoe.decoder import state_codec
 from eunoe.decoder.decoder import Decoder
 from eunoe.decoder.log_tokenizer import LogTokenizer, RecordKind
-from eunoe.decoder.memory_state import MemorySettings, MemoryState
+from eunoe.decoder.memory_state import MAX_TOKENS, MemorySettings, MemoryState
 from eunoe.decoder.tokenizer import Tokenizer
 from eunoe.eviction.policy import EvictionPolicy
 from eunoe.internal.v1 import state_store_pb2 as pb
 from eunoe.model_worker import metrics
 from eunoe.model_worker.engine import Job
+from eunoe.runtime.errors import FailedPrecondition
 from eunoe.runtime.failpoints import failpoint
 
 # Bytes tokenized at a time: a few segments, so that a turn stays short and milestones pass often.
@@ -169,7 +170,11 @@ class StreamFold:
             self._milestones.append(_Milestone(offset, action))
 
     def fold(self) -> Job[None]:
-        """Fold all full segments of what was offered, a turn each, and act at milestones in between."""
+        """Fold all full segments of what was offered, a turn each, and act at milestones in between.
+
+        Raises:
+            FailedPrecondition: If the stream has no position left for a segment; the state is as it was.
+        """
         length = self.settings.segment_length
         while True:
             while self._log.num_closed >= length:
@@ -223,6 +228,8 @@ class StreamFold:
         start = time.monotonic()
         length = self.settings.segment_length
         failpoint("worker.before-segment")
+        if self._state.num_tokens + length > MAX_TOKENS:
+            raise FailedPrecondition(f"a stream ends at {MAX_TOKENS:,} tokens: go on in a new one")
         segment = self._state.num_tokens // length
         self.policy = self.choose_policy(segment)
         self._decoder.prefill(self._state, self._log.take(length), self.policy)

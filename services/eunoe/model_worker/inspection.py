@@ -5,6 +5,7 @@ All of it is of one checkpoint, although the stream may commit others meanwhile.
 Shape suffixes: L KV source layer, H KV head, G query head of its group, S slot.
 """
 
+import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import closing
 from functools import partial
@@ -43,6 +44,8 @@ async def inspect_memory(
         assert copy.record is not None, "a committed copy has its record"
         record = copy.record
         yield api.InspectMemoryResponse(stream=record.stream)
+        # The one in charge may have come since the stream was loaded, while its sidecar was away.
+        await asyncio.to_thread(parts.policies.refresh)
         outbox = Outbox[api.HeadMemory]()
         running = borrowed.run(_read_heads(parts, copy.state, _policy_of(parts, record), outbox.put))
         async for head in outbox.until_done(running):

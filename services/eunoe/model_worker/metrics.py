@@ -22,6 +22,7 @@ UNANSWERED_CHOICES = Counter(
     ["reason"],
 )
 UNRECORDED_EVICTIONS = Counter("eunoe_worker_unrecorded_evictions", "Evictions that the audit log will not have")
+LOST_COMPARISONS = Counter("eunoe_worker_lost_comparisons", "Comparisons with a shadow policy that failed")
 SCORING_SECONDS = Histogram(
     "eunoe_worker_scoring_seconds",
     "From writing features to having the sidecar's scores",

@@ -7,7 +7,7 @@ import torch
 
 from eunoe.api.v1 import long_context_pb2 as api
 from eunoe.decoder.decoder import Decoder
-from eunoe.decoder.memory_state import MemoryState
+from eunoe.decoder.memory_state import MAX_TOKENS, MemoryState
 from eunoe.eviction.policy import EvictionPolicy
 from eunoe.model_worker.engine import Job
 from eunoe.model_worker.fold import EphemeralCopy
@@ -18,7 +18,7 @@ _SCORED_ROWS = 256
 
 
 def check_room(decoder: Decoder, state: MemoryState, num_context: int, num_needed: int) -> int:
-    """How many positions are left behind `num_context` more tokens; without end for compact positions.
+    """How many positions are left behind `num_context` more tokens.
 
     Raises:
         FailedPrecondition: If there is no token at all to go on from, or fewer than `num_needed` positions are left.
@@ -26,13 +26,13 @@ def check_room(decoder: Decoder, state: MemoryState, num_context: int, num_neede
     num_read = state.num_tokens + num_context
     if not num_read:
         raise FailedPrecondition("the stream's memory and the prompt are both empty: there is nothing to go on from")
-    if state.settings.positions == "compact":
-        return 1 << 31
-    limit = decoder.config.max_positions
+    is_compact = state.settings.positions == "compact"
+    limit = MAX_TOKENS if is_compact else decoder.config.max_positions
     if limit - num_read < num_needed:
+        hint = "" if is_compact else " with compact positions"
         raise FailedPrecondition(
-            f"original positions end at {limit}, and the call needs {num_read + num_needed}: make a stream with "
-            "compact positions"
+            f"{state.settings.positions} positions end at {limit}, and the call needs {num_read + num_needed}: make a"
+            f" new stream{hint}"
         )
     return limit - num_read
 

@@ -9,6 +9,8 @@ import logging
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,18 +23,19 @@ from eunoe.eviction.policy_files import PolicyFiles
 from eunoe.eviction.tensor_payload import from_message, scores_digest, to_message
 from eunoe.internal.v1 import eviction_sidecar_pb2 as pb
 from eunoe.model_worker import metrics
-from eunoe.runtime.errors import DeadlineTooShort, EunoeError, PolicyNotFound, Unavailable
+from eunoe.runtime.errors import DeadlineTooShort, EunoeError, Overloaded, PolicyNotFound, Unavailable
 from eunoe.runtime.payload_files import PayloadWriter
 
 logger = logging.getLogger(__name__)
 
 _REST_DEADLINES = 10
-# Pairs of a policy and a shadow that it is logged of once.
-_MAX_LEFT_OUT = 100
+# What is logged only once.
+_MAX_TOLD_OF = 100
 _REASONS: Mapping[type[EunoeError], str] = {
     DeadlineTooShort: "late",
     Unavailable: "unavailable",
     PolicyNotFound: "unknown-policy",
+    Overloaded: "no-room",
 }
 
 
@@ -51,7 +54,8 @@ class Sidecar:
         files: The policies that are here: features and statistics come from them.
         deadline_seconds: The client's.
         scores_in_process: Have policies score here; the sidecar chooses, compares and records all the same.
-        features, shadow_features: Where large features are written; None sends them in messages.
+        payload_dir: Where large tensors are written, into files of names that begin with `stem`; None sends them in
+            messages.
     """
 
     def __init__(
@@ -61,17 +65,19 @@ class Sidecar:
         *,
         deadline_seconds: float,
         scores_in_process: bool,
-        features: PayloadWriter | None,
-        shadow_features: PayloadWriter | None,
+        payload_dir: Path | None,
+        stem: str,
     ) -> None:
         self._client = client
         self._files = files
         self._rest_seconds = _REST_DEADLINES * deadline_seconds
         self._rests_until = 0.0
         self._scores_in_process = scores_in_process
-        self._features = features
-        self._shadow_features = shadow_features
-        self._left_out: set[tuple[str, str]] = set()
+        self._features, self._shadow_features, self._shadow_kept = (
+            PayloadWriter(payload_dir, f"{stem}-{part}") if payload_dir is not None else None
+            for part in ("main", "shadow", "kept")
+        )
+        self._told_of: set[tuple[str, str]] = set()
 
     def choose(self, stream: str, present: EvictionPolicy) -> Choice:
         """What decides for a stream from now on: what the sidecar says, the present policy if it says nothing.
@@ -112,20 +118,16 @@ class Sidecar:
         """Have the sidecar count how far the shadow policy would have kept the same; waits for nothing."""
         if self._client.is_comparing or time.monotonic() < self._rests_until:
             return
-        try:
-            features = to_message(shadow.features(window), self._shadow_features)
-        except OSError:
-            return
-        self._client.compare_policies(
-            pb.ComparePoliciesRequest(
-                policy=policy,
-                kept=to_message(kept_LHS.int(), None),
-                shadow_policy=shadow.name,
-                shadow_features=features,
-                budget=budget,
-                num_sink_tokens=window.num_sink_tokens,
-            )
+        request = pb.ComparePoliciesRequest(
+            policy=policy, shadow_policy=shadow.name, budget=budget, num_sink_tokens=window.num_sink_tokens
         )
+        try:
+            request.kept.CopyFrom(to_message(kept_LHS.int(), self._shadow_kept))
+            request.shadow_features.CopyFrom(to_message(shadow.features(window), self._shadow_features))
+        except OSError as error:
+            self._note_lost_comparison(shadow.name, str(error))
+            return
+        self._client.compare_policies(request, on_lost=partial(self._note_lost_comparison, shadow.name))
 
     def record(self, eviction: pb.RecordEvictionRequest) -> None:
         """Have an eviction recorded; waits for nothing."""
@@ -138,7 +140,7 @@ class Sidecar:
     def close(self) -> None:
         """End all calls."""
         self._client.close()
-        for writer in (self._features, self._shadow_features):
+        for writer in (self._features, self._shadow_features, self._shadow_kept):
             if writer is not None:
                 writer.close()
 
@@ -177,7 +179,8 @@ class Sidecar:
     def _found(self, name: str) -> EvictionPolicy:
         policy = self._known(name)
         if policy is None:
-            logger.error("the sidecar chose a policy that is not here", extra={"policy": name})
+            if self._is_news(name, ""):
+                logger.error("the sidecar chose a policy that is not here", extra={"policy": name})
             raise NoScores("unknown-policy")
         return policy
 
@@ -194,14 +197,25 @@ class Sidecar:
             problem = "nobody observes what it scores"
         else:
             return shadow
-        if (name, policy.name) not in self._left_out:
-            # It comes with the answer for each segment.
-            if len(self._left_out) >= _MAX_LEFT_OUT:
-                self._left_out.clear()
-            self._left_out.add((name, policy.name))
+        if self._is_news(name, policy.name):
             extra = {"shadow": name, "policy": policy.name, "problem": problem}
             logger.warning("the sidecar chose a shadow that is left out", extra=extra)
         return None
+
+    def _note_lost_comparison(self, shadow: str, problem: str) -> None:
+        """Any thread may."""
+        metrics.LOST_COMPARISONS.inc()
+        if self._is_news(shadow, problem):
+            logger.warning("a shadow was not compared", extra={"shadow": shadow, "problem": problem})
+
+    def _is_news(self, name: str, beside: str) -> bool:
+        """Whether it is to be logged: what is wrong with a choice comes with the answer for each segment."""
+        if (name, beside) in self._told_of:
+            return False
+        if len(self._told_of) >= _MAX_TOLD_OF:
+            self._told_of.clear()
+        self._told_of.add((name, beside))
+        return True
 
     def _known(self, name: str) -> EvictionPolicy | None:
         policy = self._files.by_name.get(name)

@@ -168,6 +168,8 @@ class OwnedStream:
                 await self._room.reserve(self._largest_policy)
                 try:
                     self._record, state = await self._load_state()
+                    # The one in charge may have come since.
+                    await asyncio.to_thread(parts.policies.refresh)
                     fold = await parts.engine.call(lambda: self._new_fold(state))
                     if self._failure is not None:
                         raise self._failure

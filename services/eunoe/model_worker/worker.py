@@ -38,7 +38,6 @@ from eunoe.runtime.errors import EunoeError, ModelMismatch, NotFound, NotOwner, 
 from eunoe.runtime.failpoints import failpoint
 from eunoe.runtime.grpc_channel import open_channel
 from eunoe.runtime.grpc_server import GrpcServer
-from eunoe.runtime.payload_files import PayloadWriter
 from eunoe.runtime.telemetry import serve_metrics
 
 logger = logging.getLogger(__name__)
@@ -289,17 +288,13 @@ class ModelWorker:
         config = self.config
         if config.sidecar_address is None:
             return None
-        main, shadow = (
-            PayloadWriter(config.payload_dir, f"{self.incarnation}-{part}") if config.payload_dir is not None else None
-            for part in ("main", "shadow")
-        )
         return Sidecar(
             EvictionSidecarClient(config.sidecar_address, config.sidecar_deadline_seconds),
             policies,
             deadline_seconds=config.sidecar_deadline_seconds,
             scores_in_process=config.scoring == "in_process",
-            features=main,
-            shadow_features=shadow,
+            payload_dir=config.payload_dir,
+            stem=self.incarnation,
         )
 
     async def _probe(self) -> None:

@@ -8,7 +8,9 @@ A writer has one file and overwrites it. A reader that comes late finds another 
 written finds another digest; it fails, and nothing worse happens.
 """
 
+import errno
 import os
+import stat
 import struct
 import time
 from dataclasses import dataclass
@@ -66,8 +68,7 @@ def read_payload(directory: Path, name: str, generation: int, into: memoryview) 
     if not name or "/" in name or name.startswith("."):
         raise ValueError(f"{name!r} is no payload's name")
     try:
-        descriptor = os.open(directory / name, os.O_RDONLY | os.O_NOFOLLOW)
-        with os.fdopen(descriptor, "rb") as file:
+        with open(directory / name, "rb", opener=_open_file) as file:
             header = file.read(_HEADER.size)
             num_read = file.readinto(into)
     except OSError as error:
@@ -79,6 +80,15 @@ def read_payload(directory: Path, name: str, generation: int, into: memoryview) 
         raise ValueError(f"the payload {name} is of generation {found}, not {generation}")
     if length != into.nbytes or num_read != length or xxhash.xxh3_128_digest(into) != digest:
         raise ValueError(f"the payload {name} is not what was written")
+
+
+def _open_file(path: str, flags: int) -> int:
+    """Neither follows a link nor waits for a pipe's writer."""
+    descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "it is no file")
+    return descriptor
 
 
 def remove_stale(directory: Path, max_age_seconds: float) -> None:

@@ -206,6 +206,24 @@ async def test_a_stream_goes_on_without_a_killed_sidecar_and_comes_back_to_its_p
     assert summary.tokens_folded == record.stream.tokens
 
 
+async def test_a_worker_knows_the_policy_of_a_stream_that_came_to_it_while_the_sidecar_was_away(
+    platform: Any, installation: Installation, sidecar_process: SidecarProcess, make_text: Text
+) -> None:
+    first, second = [await platform.worker(**installation.worker_settings) for _ in range(2)]
+    later = a_namm(1).name
+    installation.add("later", a_namm(1))
+    installation.write_rules('default = "later"')
+    name, seed = await platform.stream(), 0
+    while (await fold(platform, first, name, make_text(600, seed))).stream.policy != later:
+        seed += 1
+
+    sidecar_process.kill()
+    await first.drain()
+    without = await fold(platform, second, name, make_text(600, seed + 1))
+
+    assert policies_of(without)[-1] == f"fallback:unavailable:{later}"
+
+
 async def test_a_sidecar_that_hangs_costs_one_deadline_and_then_none_for_a_while(
     platform: Any, installation: Installation, sidecar_process: SidecarProcess, make_text: Text
 ) -> None:
@@ -378,6 +396,25 @@ async def test_a_shadow_is_counted_and_changes_nothing(platform: Any, sidecar: I
 
     # Sinks and the newest slots are common to all.
     assert 0.2 < counted("agreed") / counted("compared") < 1.0
+
+
+async def test_a_shadow_of_which_more_is_told_than_a_message_holds_is_counted_where_there_are_files(
+    platform: Any, sidecar: Installation, make_text: Text, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tensor_payload, "INLINE_BYTES", 0)
+    worker = await platform.worker(**sidecar.worker_settings, sidecar_deadline_seconds=10.0)
+    sidecar.add("candidate", a_namm(1))
+    sidecar.write_rules('[[rules]]\nstreams = "*"\npolicy = "random"\nshadow = "candidate"')
+    labels, lost = {"policy": a_namm(0).name, "shadow": a_namm(1).name}, counted("lost_comparisons")
+
+    def compared() -> float:
+        return REGISTRY.get_sample_value("eunoe_sidecar_compared_slots_total", labels) or 0.0
+
+    before = compared()
+    while compared() == before:
+        await platform.digest(worker, make_text(2000))
+
+    assert counted("lost_comparisons") == lost
 
 
 async def test_a_stream_goes_on_beside_a_shadow_that_nobody_observes(

@@ -9,7 +9,7 @@ import torch
 from eunoe.api.v1 import long_context_pb2 as api
 from eunoe.decoder import state_codec
 from eunoe.decoder.decoder import Decoder
-from eunoe.decoder.memory_state import MemorySettings, MemoryState
+from eunoe.decoder.memory_state import MAX_TOKENS, MemorySettings, MemoryState
 from eunoe.decoder.tokenizer import Tokenizer
 from eunoe.eviction import POLICIES, EvictionPolicy, Namm, SinksRecent
 from eunoe.eviction.backward_attention import NUM_PARAMETERS, BackwardAttention
@@ -18,6 +18,7 @@ from eunoe.eviction.namm import Normalization
 from eunoe.eviction.spectrogram import AttentionSpectrogram
 from eunoe.internal.v1 import state_store_pb2 as pb
 from eunoe.model_worker.fold import Snapshot, StreamFold
+from eunoe.runtime.errors import FailedPrecondition
 from eunoe.state_store.checkpoint_rules import MAX_DECISIONS
 
 SETTINGS = MemorySettings(kv_budget_tokens=48, segment_length=32, num_sink_tokens=4)
@@ -100,6 +101,20 @@ def test_a_stream_that_goes_on_from_a_checkpoint_ends_in_the_same_state(
 
     assert snapshot.manifest.encoding_version == (1 if policy.statistics is None else 2)
     assert second.snapshot().manifest.state_digest == whole.snapshot().manifest.state_digest
+
+
+def test_a_stream_ends_where_positions_do_and_stays_as_it_was(parts: tuple[Decoder, Tokenizer]) -> None:
+    state = parts[0].new_state(SETTINGS, SinksRecent())
+    state.num_tokens = MAX_TOKENS - SETTINGS.segment_length
+    fold = a_fold(parts, SinksRecent(), state)
+
+    with pytest.raises(FailedPrecondition, match="a stream ends at 2,147,483,648 tokens"):
+        take(fold, TEXT)
+
+    (position,) = fold.boundary_copy().state.positions_LHS[..., -1].unique().tolist()
+    assert position == MAX_TOKENS - 1
+    assert fold.num_tokens == MAX_TOKENS
+    assert fold.snapshot().manifest.tokens == MAX_TOKENS
 
 
 def test_policies_end_in_different_states(parts: tuple[Decoder, Tokenizer]) -> None:

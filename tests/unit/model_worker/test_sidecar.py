@@ -6,6 +6,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+from prometheus_client import REGISTRY
 
 from eunoe.clients.eviction_sidecar import EvictionSidecarClient
 from eunoe.eviction import POLICIES, KeyNorm
@@ -18,6 +19,7 @@ from eunoe.runtime.errors import Unavailable
 STREAM = "tenants/t/streams/s"
 KEYS_LHSD = torch.arange(2 * 3 * 32 * 4).view(2, 3, 32, 4).float()
 POSITIONS_LHS = torch.arange(32, dtype=torch.int32).expand(2, 3, 32)
+LOST = "a shadow was not compared"
 LEFT_OUT = "the sidecar chose a shadow that is left out"
 WITHOUT, AGAIN = "a stream is decided without its policy", "a stream is decided by its policy again"
 
@@ -30,6 +32,7 @@ class FakeClient:
     shadow: str = ""
     is_comparing: bool = False
     compared: list[str] = field(default_factory=list)
+    lost: str = ""
 
     def choose_policy(self, stream: str) -> pb.ChoosePolicyResponse:
         return pb.ChoosePolicyResponse(policy=self.policy, shadow_policy=self.shadow)
@@ -37,8 +40,10 @@ class FakeClient:
     def score_slots(self, request: pb.ScoreSlotsRequest, spent_seconds: float) -> pb.ScoreSlotsResponse:
         raise Unavailable("it is away")
 
-    def compare_policies(self, request: pb.ComparePoliciesRequest) -> None:
+    def compare_policies(self, request: pb.ComparePoliciesRequest, on_lost: Callable[[str], None]) -> None:
         self.compared.append(request.shadow_policy)
+        if self.lost:
+            on_lost(self.lost)
 
     def record_eviction(self, request: pb.RecordEvictionRequest, on_lost: Callable[[], None]) -> None:
         pass
@@ -68,8 +73,8 @@ def make_sidecar(client: FakeClient) -> Callable[..., Sidecar]:
             PolicyFiles(None),
             deadline_seconds=1.0,
             scores_in_process=scores_in_process,
-            features=None,
-            shadow_features=None,
+            payload_dir=None,
+            stem="worker",
         )
 
     return made
@@ -128,6 +133,34 @@ def test_a_stream_evicts_beside_a_shadow_whose_statistics_it_has_not(
 
     assert torch.equal(beside, KeyNorm().keep(window, 16))
     assert client.compared == ["key-norm/1"]
+
+
+def test_every_comparison_that_fails_is_counted_and_the_first_of_a_kind_logged(
+    client: FakeClient, make_sidecar: Callable[..., Sidecar], caplog: pytest.LogCaptureFixture
+) -> None:
+    window: Any = FakeWindow()
+    evictions = StreamEvictions(STREAM, KeyNorm(), make_sidecar())
+    client.shadow = "key-norm/1"
+    before = REGISTRY.get_sample_value("eunoe_worker_lost_comparisons_total") or 0.0
+
+    for segment, client.lost in enumerate(["too large", "too large", "", "not here"]):
+        evictions.choose(segment).keep(window, 16)
+
+    assert REGISTRY.get_sample_value("eunoe_worker_lost_comparisons_total") == before + 3
+    logged = [(record.message, vars(record)["problem"]) for record in caplog.records]
+    assert logged == [(LOST, "too large"), (LOST, "not here")]
+
+
+def test_a_policy_that_is_not_here_is_logged_once(
+    client: FakeClient, make_sidecar: Callable[..., Sidecar], caplog: pytest.LogCaptureFixture
+) -> None:
+    sidecar = make_sidecar()
+    client.policy = "namm/1/0123456789abcdef"
+
+    for _ in range(3):
+        sidecar.choose(STREAM, KeyNorm())
+
+    assert caplog.messages == ["the sidecar chose a policy that is not here"]
 
 
 def test_a_fallback_is_logged_when_it_begins_and_when_it_ends(

@@ -1,6 +1,7 @@
 """Payloads in files: the one that was meant, or an error."""
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -58,18 +59,29 @@ def test_a_file_that_is_cut_short_is_noticed(tmp_path: Path, size: int) -> None:
         read(tmp_path, writer.name, generation, 5)
 
 
-@pytest.mark.parametrize(
-    "name", ["", "..", "../secret", "/etc/hostname", ".hidden", "missing.payload", "link.payload", "folder"]
-)
+@pytest.mark.parametrize("name", ["", "..", "../outside.payload", "{outside}", ".hidden.payload", "link.payload"])
 def test_nothing_but_payloads_of_the_directory_is_read(tmp_path: Path, name: str) -> None:
-    (tmp_path / "secret").write_bytes(b"secret" * 100)
-    directory = tmp_path / "payloads"
+    directory, outside = tmp_path / "payloads", PayloadWriter(tmp_path, "outside")
     directory.mkdir()
-    (directory / "link.payload").symlink_to(tmp_path / "secret")
-    (directory / "folder").mkdir()
+    generation = outside.write(memoryview(b"first"))
+    shutil.copy(tmp_path / outside.name, directory / ".hidden.payload")
+    (directory / "link.payload").symlink_to(tmp_path / outside.name)
+    assert read(tmp_path, outside.name, generation, 5) == b"first"
 
     with pytest.raises(ValueError, match="payload"):
-        read(directory, name, 1, 5)
+        read(directory, name.format(outside=tmp_path / outside.name), generation, 5)
+
+
+def test_what_is_no_file_is_refused_at_once_and_leaves_nothing_open(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    before = len(os.listdir("/proc/self/fd"))
+
+    for name in ("folder", "pipe", "missing"):
+        with pytest.raises(ValueError, match=f"the payload {name} cannot be read"):
+            read(tmp_path, name, 1, 5)
+
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_only_payloads_that_nobody_writes_any_more_are_removed(tmp_path: Path) -> None:
