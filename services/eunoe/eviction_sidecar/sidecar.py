@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -27,6 +28,8 @@ _STALE_SECONDS = 600.0
 async def running_sidecar(config: EvictionSidecarConfig) -> AsyncIterator[GrpcServer]:
     """The server of a sidecar, not yet started; policies are loaded and watched inside of the block.
 
+    Should the watch ever fail, the process gets a SIGTERM, and the block's end raises what failed.
+
     Raises:
         ValueError: If the policies or rules are broken.
     """
@@ -42,6 +45,7 @@ async def running_sidecar(config: EvictionSidecarConfig) -> AsyncIterator[GrpcSe
         )
 
     watching = asyncio.create_task(_watch_forever(catalogue, config), name="watch")
+    watching.add_done_callback(_end_unwatched)
     try:
         yield GrpcServer(address=config.listen_address, add_servicers=add_servicers, service_names=[SERVICE_NAME])
     finally:
@@ -50,6 +54,15 @@ async def running_sidecar(config: EvictionSidecarConfig) -> AsyncIterator[GrpcSe
         await asyncio.to_thread(scoring.close)
         if audit is not None:
             audit.close()
+    if not watching.cancelled():
+        watching.result()
+
+
+def _end_unwatched(watching: asyncio.Task[None]) -> None:
+    # Without it the process would serve, and follow the rules of this moment for ever.
+    if not watching.cancelled():
+        logger.critical("the policies are not watched any more, so the process ends")
+        signal.raise_signal(signal.SIGTERM)
 
 
 async def _watch_forever(catalogue: PolicyCatalogue, config: EvictionSidecarConfig) -> None:
