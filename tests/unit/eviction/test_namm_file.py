@@ -153,6 +153,25 @@ def test_a_file_of_a_models_size_is_refused_unread(tmp_path: Path) -> None:
         Namm.load(tmp_path / "model")
 
 
+@pytest.mark.parametrize("attention", ["dense", "blocks"])
+def test_the_largest_values_that_a_file_may_have_give_finite_scores(tmp_path: Path, attention: str) -> None:
+    largest = {
+        "parameters": torch.full((num_parameters(26),), 1e4),
+        "normalization_mean": torch.full((17,), -1e4),
+        "normalization_variance": torch.zeros(17),
+    }
+    a_file(tmp_path / "namm", WITH_NOVELTY | largest, is_packed=True, attention=attention)
+    policy = Namm.load(tmp_path / "namm")
+    # Age, a mean above which 16 is nothing, and the most that novelty can be.
+    features = torch.cat([torch.ones(300, 8), policy.normalization(torch.full((300, 17), 16.0))], dim=1)
+    features = torch.cat([features, torch.full((300, 1), 1000.0)], dim=1)[None, None]
+
+    scores = policy.scores(features)
+
+    assert scores.max() > 1e36
+    assert scores.isfinite().all()
+
+
 def test_somebody_elses_safetensors_are_refused(tmp_path: Path) -> None:
     save_file({"weight": torch.zeros(3)}, tmp_path / "namm", metadata={"format": "pt"})
 
