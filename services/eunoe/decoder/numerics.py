@@ -7,7 +7,7 @@ import torch
 
 from eunoe.decoder.config import Dtypes
 
-ENGINE_VERSION = 1
+ENGINE_VERSION = 2
 """Raised by every change of the decoder or its kernels that changes results in the last bit."""
 
 
