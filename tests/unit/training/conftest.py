@@ -1,4 +1,6 @@
+import fcntl
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,12 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 
 @pytest.fixture(scope="session")
-def local_ray() -> Iterator[None]:
+def local_ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A Ray of this machine with room for four workers."""
-    with ray_session(num_cpus=4):
+    # Of two that start at the same moment, one in each process of the run, one may find its ports taken and never come.
+    shared = tmp_path_factory.getbasetemp().parent
+    with (shared / "ray.lock").open("w") as lock, ExitStack() as stack:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        stack.enter_context(ray_session(num_cpus=4))
+        fcntl.flock(lock, fcntl.LOCK_UN)
         yield
